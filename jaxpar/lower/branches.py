@@ -1,0 +1,205 @@
+"""Stage programs as branches of one switch.
+
+Each (stage, action) becomes a branch that reads its registers, rings and mailboxes, evaluates its equations, and writes. What
+differs between equal stages (which row, which micro-batch) comes from the timetable's table of registers, so equal stages
+share one branch, however many layers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxpar import _jax
+from jaxpar.lower.evaluate import Env, Rows, evaluate
+from jaxpar.lower.invariants import expand_invariants
+from jaxpar.lower.packing import Place, add_to_buffers, fill_buffers, read_place
+from jaxpar.lower.rounds import Source
+from jaxpar.lower.slots import Mail, Residuals, RingPlace
+from jaxpar.plan import Bundle, Node, StageGraph
+from jaxpar.trace import Eqn, Var
+from jaxpar.trace.fingerprint import fingerprint_eqns
+
+Carry = dict[str, list[Any]]
+COMBINE = {
+    "sum": jnp.add,
+    "max": jnp.maximum,
+    "min": jnp.minimum,
+    "prod": jnp.multiply,
+    "and": jnp.bitwise_and,
+    "or": jnp.bitwise_or,
+}
+
+BRANCH, MICROBATCH, FIRST_COLUMN = 0, 1, 2  # columns of the table of registers
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One action of one stage, in terms of buffers and columns of the register table."""
+
+    node: Node
+    eqns: tuple[Eqn, ...]
+    invariants: tuple[tuple[Var, Source], ...]
+    batch: tuple[tuple[Var, int], ...]
+    ring_reads: tuple[tuple[Var, int, RingPlace], ...]  # (value, first column of its bundle, place)
+    ring_writes: tuple[tuple[Var, int, RingPlace], ...]
+    mail_reads: tuple[tuple[Var, int, int, Place], ...]  # (value, column, mailbox, place)
+    sends: tuple[tuple[int, tuple[tuple[Var, Place], ...]], ...]  # per mailbox
+    partials: tuple[tuple[Var, Place, str], ...]
+    outputs: tuple[tuple[Var, int], ...]
+    columns: tuple[tuple[str, Bundle], ...]  # where the columns after the first come from
+
+    @property
+    def key(self) -> str:
+        reads = [v for group in (self.invariants, self.batch, self.ring_reads, self.mail_reads) for v, *_ in group]
+        writes = [v for v, *_ in self.ring_writes] + [v for _, values in self.sends for v, _ in values]
+        writes += [v for v, *_ in self.partials] + [v for v, _ in self.outputs]
+        text = fingerprint_eqns(reads, self.eqns, writes)
+        rest = [[g[1:] for g in group] for group in (self.invariants, self.batch, self.ring_reads, self.mail_reads)]
+        rest += [[g[1:] for g in group] for group in (self.ring_writes, self.partials, self.outputs)]
+        return f"{text} {rest} {[(box, [p for _, p in values]) for box, values in self.sends]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """Where everything that a branch touches is."""
+
+    residuals: Residuals
+    mail: Mail
+    invariants: Sequence[Mapping[Var, Source]]  # by rank
+    batch: Mapping[Var, int]
+    partials: Mapping[Var, tuple[Place, str]]
+    outputs: Mapping[Var, int]
+
+
+def make_branch(graph: StageGraph, node: Node, rank: int, storage: Storage) -> Branch:
+    program = graph.programs[node]
+    inline, stored = expand_invariants(graph.program, program.invariants)
+    columns: list[tuple[str, Bundle]] = []
+    start: dict[Bundle, int] = {}
+    ring_reads, ring_writes, mail_reads = [], [], []
+    sends: dict[int, list[tuple[Var, Place]]] = {}
+
+    def columns_of(kind: str, bundle: Bundle) -> int:
+        if bundle not in start:
+            start[bundle] = FIRST_COLUMN + len(columns)
+            width = 1 if kind == "mail" else len({p.column for p in storage.residuals.places[bundle]})
+            columns.extend([(kind, bundle)] * width)
+        return start[bundle]
+
+    wanted = set(program.reads)
+    for b in graph.bundles:
+        if b.stage == node[1] and node in b.readers:
+            for j, v in enumerate(b.values):
+                if v not in wanted:
+                    continue
+                if b.travels:
+                    box, edge = storage.mail.box_of[b], storage.mail.edge_of[b]
+                    place = storage.mail.boxes[box].packing.places[edge][j]
+                    mail_reads.append((v, columns_of("mail", b), box, place))
+                else:
+                    ring_reads.append((v, columns_of("ring", b), storage.residuals.places[b][j]))
+                wanted.discard(v)
+        if b.source == node and not b.travels:
+            ring_writes += [(v, columns_of("ring", b), p) for v, p in zip(b.values, storage.residuals.places[b], strict=True)]
+        if b.source == node and b.travels:
+            box, edge = storage.mail.box_of[b], storage.mail.edge_of[b]
+            places = storage.mail.boxes[box].packing.places[edge]
+            sends.setdefault(box, []).extend(zip(b.values, places, strict=True))
+    return Branch(
+        node,
+        (*inline, *program.eqns),
+        tuple((v, storage.invariants[rank][v]) for v in stored),
+        tuple((v, storage.batch[v]) for v in program.batch),
+        tuple(ring_reads),
+        tuple(ring_writes),
+        tuple(mail_reads),
+        tuple((box, tuple(values)) for box, values in sorted(sends.items())),
+        tuple((v, *storage.partials[v]) for v in program.partials),
+        tuple((v, storage.outputs[v]) for v in program.outputs),
+        tuple(columns),
+    )
+
+
+def register_values(branch: Branch, microbatch: int, residuals: Residuals, mail: Mail) -> list[int]:
+    """The columns after the first two, for one micro-batch."""
+    values: list[int] = []
+    done: set[Bundle] = set()
+    for kind, bundle in branch.columns:
+        if bundle in done:
+            continue
+        done.add(bundle)
+        if kind == "mail":
+            values.append(mail.row[bundle, microbatch])
+        else:
+            values.extend(residuals.bases[bundle, microbatch])
+    return values
+
+
+# -- run time ----------------------------------------------------------------------------------------------------------
+
+
+def run_branch(
+    branch: Branch,
+    registers: Any,
+    carry: Carry,
+    stored: Mapping[str, Sequence[Any]],
+    batch: Sequence[Any],
+    mail: Mail,
+    rows: Rows,
+) -> Carry:
+    """Evaluate one action. `rows.first` is that of the micro-batch."""
+    carry = {name: list(buffers) for name, buffers in carry.items()}
+    env: Env = {}
+    for v, source in branch.invariants:
+        assert source.place is not None
+        env[v] = _jax.wrap_key(read_place(stored[source.group], source.place), v.dtype)
+    for v, leaf in branch.batch:
+        env[v] = lax.dynamic_slice_in_dim(batch[leaf], registers[MICROBATCH] * rows.count, rows.count)
+    for v, column, place in branch.ring_reads:
+        raw, carry["rings"][place.ring] = _read_ring(carry["rings"][place.ring], registers[column + place.column], place)
+        env[v] = _jax.wrap_key(raw, v.dtype)
+    for v, column, box, place in branch.mail_reads:
+        env[v] = _jax.wrap_key(_read_mail(carry["mail"][box], registers[column], place), v.dtype)
+    evaluate(branch.eqns, env, rows)
+    for v, column, place in branch.ring_writes:
+        ring = carry["rings"][place.ring]
+        carry["rings"][place.ring] = _write_ring(ring, registers[column + place.column], place, _jax.unwrap_key(env[v]))
+    for box, values in branch.sends:
+        packing = mail.boxes[box].packing
+        carry["sent"][box] = fill_buffers(packing, [p for _, p in values], [_jax.unwrap_key(env[v]) for v, _ in values])
+    for op in dict.fromkeys(op for *_, op in branch.partials):
+        chosen = [(place, env[v]) for v, place, o in branch.partials if o == op]
+        places, partials = zip(*chosen, strict=True)
+        carry["totals"] = add_to_buffers(carry["totals"], places, partials, COMBINE[op])
+    for v, index in branch.outputs:
+        buffer = carry["outputs"][index]
+        value = _jax.unwrap_key(env[v])[None].astype(buffer.dtype)
+        carry["outputs"][index] = lax.dynamic_update_slice_in_dim(buffer, value, registers[MICROBATCH], 0)
+    return carry
+
+
+def _read_ring(ring: Any, base: Any, place: RingPlace) -> tuple[Any, Any]:
+    if place.flat:
+        size = int(np.prod(place.shape, dtype=np.int64))
+        value = lax.dynamic_slice_in_dim(ring, base + place.index, size).reshape(place.shape)
+    else:
+        value = lax.dynamic_index_in_dim(ring, base + place.index, keepdims=False)
+    # Without the barrier XLA:CPU copies the whole ring in every branch: it can't see that the read comes before the write.
+    return lax.optimization_barrier((value, ring))
+
+
+def _write_ring(ring: Any, base: Any, place: RingPlace, value: Any) -> Any:
+    if place.flat:
+        return lax.dynamic_update_slice_in_dim(ring, jnp.ravel(value), base + place.index, 0)
+    return lax.dynamic_update_index_in_dim(ring, value, base + place.index, 0)
+
+
+def _read_mail(box: Sequence[Any], row: Any, place: Place) -> Any:
+    buffer = lax.dynamic_index_in_dim(box[place.buffer], row, keepdims=False)
+    return read_place([buffer], Place(0, place.shape, place.offset))

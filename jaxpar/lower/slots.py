@@ -1,0 +1,233 @@
+"""Storage for values that wait: how many slots, and which micro-batch is in which slot when.
+
+The timetable is known before the program is built, so slots are allocated like registers: by colouring intervals, the least
+number being the most that are alive at once.
+
+    residuals   written by F at tick f, last read by B at tick b:              alive in [f, b)
+    mailbox     sent at tick s, written at the end of tick s + exchange - 1 = w,
+                last read at tick r:                                           alive in [w, r)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxpar import _jax
+from jaxpar.lower.channels import Routing
+from jaxpar.lower.packing import Item, Packing, pack_items
+from jaxpar.plan import Bundle, StageGraph
+from jaxpar.schedule import Action, Timetable
+from jaxpar.trace import Var
+
+_WASTE = 0.05
+_SMALL_BYTES = 1024
+
+
+def colour_intervals(intervals: Sequence[tuple[int, int]]) -> list[int]:
+    """A slot for each half-open interval, no two overlapping ones alike, with as few slots as possible.
+
+    >>> colour_intervals([(0, 4), (1, 2), (2, 5), (4, 6)])
+    [0, 1, 1, 0]
+    """
+    slots = [0] * len(intervals)
+    free: list[int] = []
+    busy: list[tuple[int, int]] = []
+    used = 0
+    for i in sorted(range(len(intervals)), key=lambda i: intervals[i]):
+        start, end = intervals[i]
+        while busy and busy[0][0] <= start:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        if free:
+            slots[i] = heapq.heappop(free)
+        else:
+            slots[i], used = used, used + 1
+        heapq.heappush(busy, (max(end, start + 1), slots[i]))
+    return slots
+
+
+def item_of(var: Var, n: int) -> Item:
+    shape, dtype = _jax.raw_shape(var.shape_at(n), var.dtype)
+    return Item(shape, dtype)
+
+
+# -- residuals ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RingPlace:
+    """Value j of a bundle: row `column + index` of ring `ring`, or the elements from `column + index` of a flat one.
+
+    `column` is which of the bundle's run-time bases to add.
+    """
+
+    ring: int
+    column: int
+    index: int
+    shape: tuple[int, ...]
+    flat: bool
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Rings that hold what stays on a rank between two of its actions."""
+
+    rings: tuple[Item, ...]  # rows first; a flat ring has one dimension
+    places: Mapping[Bundle, tuple[RingPlace, ...]]
+    bases: Mapping[tuple[Bundle, int], tuple[int, ...]]  # (bundle, micro-batch) -> run-time base per column
+    used_bytes: tuple[int, ...]  # of each rank, at its peak
+
+    @property
+    def bytes(self) -> int:
+        return sum(r.bytes for r in self.rings)
+
+
+def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Residuals:
+    """Rings as large as the worst rank needs: for each shape, the micro-batches in flight times the values of it."""
+    dag = timetable.dag
+    local = [b for b in graph.bundles if not b.travels]
+    slots = {b: _local_slots(b, timetable) for b in local}
+    depth = {b: max(slots[b]) + 1 for b in local}
+    counts = {b: Counter(item_of(v, n) for v in b.values) for b in local}
+    need: list[Counter[Item]] = [Counter() for _ in range(dag.num_ranks)]
+    for b in local:
+        for item, k in counts[b].items():
+            need[dag.rank_of[b.stage]][item] += k * depth[b]
+    kinds = _choose_rings(need)
+    heaps = sorted({i.dtype for c in need for i in c if i not in kinds}, key=str)
+    ring_index = {kind: i for i, kind in enumerate(kinds)}
+    heap_index = {dtype: len(kinds) + i for i, dtype in enumerate(heaps)}
+    filled: list[Counter[int]] = [Counter() for _ in range(dag.num_ranks)]
+    places, bases = {}, {}
+    for b in local:
+        places[b], strides = _place_values(b, n, ring_index, heap_index)
+        start = filled[dag.rank_of[b.stage]]
+        for m, slot in enumerate(slots[b]):
+            bases[b, m] = tuple(start[ring] + slot * stride for ring, stride in strides.items())
+        for ring, stride in strides.items():
+            start[ring] += stride * depth[b]
+    rows = [max(c[i] for c in filled) for i in range(len(kinds) + len(heaps))]
+    rings = [Item((rows[i], *kind.shape), kind.dtype) for i, kind in enumerate(kinds)]
+    rings += [Item((rows[len(kinds) + i],), dtype) for i, dtype in enumerate(heaps)]
+    used = tuple(sum(i.bytes * k for i, k in c.items()) for c in need)
+    return Residuals(tuple(rings), places, bases, used)
+
+
+def _local_slots(bundle: Bundle, timetable: Timetable) -> list[int]:
+    (kind, stage), (last, _) = bundle.source, bundle.last_reader
+    ticks = [
+        (timetable.tick_of(Action(kind, stage, m)), timetable.tick_of(Action(last, stage, m)))  # type: ignore[arg-type]
+        for m in range(timetable.num_microbatches)
+    ]
+    return colour_intervals(ticks)
+
+
+def _choose_rings(need: Sequence[Counter[Item]]) -> list[Item]:
+    """The shapes that get a ring of their own; the others share a flat one. Most common first, within a small waste."""
+    left = [sum(i.bytes * k for i, k in c.items()) for c in need]
+    limit = max(left, default=0) * (1 + _WASTE)
+    kinds = {i for c in need for i in c if i.bytes > _SMALL_BYTES}
+    common = sorted(kinds, key=lambda i: (-sum(i in c for c in need), -i.bytes, i.shape, str(i.dtype)))
+    chosen, dedicated = [], 0
+    for item in common:
+        rows = max(c[item] for c in need)
+        rest = [b - item.bytes * c[item] for b, c in zip(left, need, strict=True)]
+        if dedicated + item.bytes * rows + max(rest) <= limit:
+            chosen.append(item)
+            dedicated += item.bytes * rows
+            left = rest
+    return chosen
+
+
+def _place_values(
+    bundle: Bundle, n: int, ring_index: Mapping[Item, int], heap_index: Mapping[np.dtype, int]
+) -> tuple[tuple[RingPlace, ...], dict[int, int]]:
+    """Places of a bundle's values, and how many rows or elements of each ring one micro-batch takes."""
+    strides: dict[int, int] = {}
+    rows = []
+    for v in bundle.values:
+        item = item_of(v, n)
+        flat = item not in ring_index
+        ring = heap_index[item.dtype] if flat else ring_index[item]
+        index = strides.setdefault(ring, 0)
+        rows.append((ring, index, item, flat))
+        strides[ring] += item.elements if flat else 1
+    columns = {ring: k for k, ring in enumerate(strides)}
+    return tuple(RingPlace(ring, columns[ring], index, item.shape, flat) for ring, index, item, flat in rows), strides
+
+
+# -- mailboxes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Where the payload of one part of a channel waits: `rows` payloads of `packing`'s buffers."""
+
+    channel: int
+    packing: Packing
+    rows: int
+    arrival: np.ndarray  # [ticks, ranks]: the row that is written at the end of the tick, a dead one if nothing arrives
+
+
+@dataclass(frozen=True)
+class Mail:
+    boxes: tuple[Mailbox, ...]
+    box_of: Mapping[Bundle, int]
+    edge_of: Mapping[Bundle, int]  # index into the box's packing
+    row: Mapping[tuple[Bundle, int], int]  # (bundle, micro-batch) -> row
+
+    @property
+    def bytes(self) -> int:
+        return sum(box.rows * box.packing.bytes for box in self.boxes)
+
+
+def allocate_mailboxes(graph: StageGraph, timetable: Timetable, routing: Routing, n: int) -> Mail:
+    """One mailbox for each channel and kind of last reader."""
+    parts: dict[tuple[int, str], list[Bundle]] = defaultdict(list)
+    for b in graph.bundles:
+        if b.travels:
+            parts[routing.channel_of[b], b.last_reader[0]].append(b)
+    boxes, box_of, edge_of, row = [], {}, {}, {}
+    for (channel, _), bundles in sorted(parts.items(), key=lambda part: part[0]):
+        packing = pack_items([[item_of(v, n) for v in b.values] for b in bundles])
+        live: list[list[tuple[int, int, int]]] = [[] for _ in range(timetable.dag.num_ranks)]
+        for edge, b in enumerate(bundles):
+            box_of[b], edge_of[b] = len(boxes), edge
+            intervals = _mail_intervals(b, timetable)
+            for m, (slot, interval) in enumerate(zip(colour_intervals(intervals), intervals, strict=True)):
+                row[b, m] = slot
+                live[timetable.dag.rank_of[b.stage]].append((*interval, slot))
+        boxes.append(_make_box(channel, packing, live, timetable))
+    return Mail(tuple(boxes), box_of, edge_of, row)
+
+
+def _mail_intervals(bundle: Bundle, timetable: Timetable) -> list[tuple[int, int]]:
+    (kind, source), (last, reader) = bundle.source, bundle.last_reader
+    wait = timetable.exchange - 1
+    return [
+        (timetable.tick_of(Action(kind, source, m)) + wait, timetable.tick_of(Action(last, reader, m)))  # type: ignore[arg-type]
+        for m in range(timetable.num_microbatches)
+    ]
+
+
+def _make_box(
+    channel: int, packing: Packing, live: Sequence[Sequence[tuple[int, int, int]]], timetable: Timetable
+) -> Mailbox:
+    rows = max((slot + 1 for spans in live for *_, slot in spans), default=0)
+    arrival = np.zeros((timetable.num_ticks, len(live)), np.int32)
+    most = rows
+    for rank, spans in enumerate(live):
+        written = {start: slot for start, _, slot in spans}
+        for tick in range(timetable.num_ticks):
+            if tick in written:
+                arrival[tick, rank] = written[tick]
+                continue
+            alive = {slot for start, end, slot in spans if start <= tick < end}
+            dead = next(k for k in range(rows + 1) if k not in alive)
+            arrival[tick, rank] = dead
+            most = max(most, dead + 1)
+    return Mailbox(channel, packing, most, arrival)

@@ -1,0 +1,161 @@
+"""The plan: from a program to stages, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxpar.errors import PlanError
+from jaxpar.plan.costs import Roofline, count_flops, estimate_seconds
+from jaxpar.plan.cuts import ForwardOrder, balance_stages, cut_at_modules, depth_first_order, order_forward, program_order
+from jaxpar.plan.flow import Flow, analyse_flow
+from jaxpar.plan.stages import StageGraph, StageProgram, route_values
+from jaxpar.schedule import StageCosts, StageDag
+from jaxpar.trace import Eqn, Program, Var
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """What one stage is and costs, per micro-batch of one replica."""
+
+    modules: str
+    forward_flops: float
+    backward_flops: float
+    forward_seconds: float
+    backward_seconds: float
+    residual_bytes: int  # kept from the forward to the backward, per micro-batch in flight
+    sent_bytes: int  # per micro-batch, forwards and backwards
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Stages, what each costs, and the graph between them. Printable."""
+
+    graph: StageGraph
+    summaries: tuple[StageSummary, ...]
+    microbatch: int
+
+    @property
+    def costs(self) -> StageCosts:
+        return StageCosts(
+            forward=tuple(s.forward_seconds for s in self.summaries),
+            backward=tuple(s.backward_seconds for s in self.summaries),
+        )
+
+
+Judge = Callable[[StageDag, StageCosts], float]
+"""Seconds of the whole step for a stage graph: the simulated makespan."""
+
+
+def plan_stages(
+    program: Program,
+    num_stages: int,
+    microbatch: int,
+    device: Roofline,
+    judge: Judge,
+    cuts: Sequence[str] | None = None,
+    owners: Mapping[int, int] | None = None,
+) -> Plan:
+    """Cut the program into stages.
+
+    Args:
+        program: the traced step.
+        num_stages: S.
+        microbatch: examples in one micro-batch on one replica.
+        device: what the stages run on.
+        judge: the simulated step time of a stage graph; the fastest of the candidates wins.
+        cuts: names of the modules at which stages 1 ... S-1 begin; None lets the planner choose.
+        owners: where the state lies already: stage by index of the program's input. The stages then follow it.
+
+    Raises: PlanError where the program has fewer places to cut than stages, or a named module isn't there.
+    """
+    flow = analyse_flow(program)
+    orders = [order_forward(flow, order, microbatch, device) for order in _distinct_orders(flow)]
+    if owners is not None:
+        starts = [_follow_owners(program, orders[0], owners, num_stages)]
+        candidates = [_make_plan(flow, _stages_of(orders[0], s), num_stages, microbatch, device) for s in starts]
+    elif cuts is not None:
+        if len(cuts) + 1 != num_stages:
+            raise PlanError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but the mesh has {num_stages}.")
+        stages = _stages_of(orders[0], cut_at_modules(orders[0], cuts))
+        candidates = [_make_plan(flow, stages, num_stages, microbatch, device)]
+    else:
+        candidates = []
+        for order in orders:
+            stages = _stages_of(order, balance_stages(order, num_stages, device))
+            candidates.append(_make_plan(flow, stages, num_stages, microbatch, device))
+    return min(candidates, key=lambda p: judge(p.graph.dag(num_stages), p.costs))
+
+
+def _distinct_orders(flow: Flow) -> list[list[int]]:
+    first, second = program_order(flow), depth_first_order(flow)
+    return [first] if first == second else [first, second]
+
+
+def _stages_of(order: ForwardOrder, starts: Sequence[int]) -> dict[Eqn, int]:
+    bounds = [*starts, len(order.eqns)]
+    return {eqn: s for s in range(len(starts)) for eqn in order.eqns[bounds[s] : bounds[s + 1]]}
+
+
+def _follow_owners(
+    program: Program, order: ForwardOrder, owners: Mapping[int, int], num_stages: int
+) -> tuple[int, ...]:
+    """Starts of stages such that equations lie with the state that they read: for a program whose state is placed."""
+    behind: dict[Var, set[int]] = {program.inputs[i]: {s} for i, s in owners.items()}
+    for eqn in program.eqns:
+        if program.phase[eqn] == "before":
+            found = set().union(*(behind.get(v, set()) for v in eqn.reads)) if eqn.reads else set()
+            for v in eqn.outputs:
+                behind[v] = found
+    stage, starts = 0, [0] * num_stages
+    for i, eqn in enumerate(order.eqns):
+        homes = set().union(*(behind.get(v, set()) for v in eqn.reads)) if eqn.reads else set()
+        if len(homes) == 1 and (home := homes.pop()) > stage:
+            for s in range(stage + 1, home + 1):
+                starts[s] = i
+            stage = home
+    for s in range(stage + 1, num_stages):
+        starts[s] = len(order.eqns)
+    return tuple(starts)
+
+
+def _make_plan(
+    flow: Flow, forward_stage: Mapping[Eqn, int], num_stages: int, microbatch: int, device: Roofline
+) -> Plan:
+    graph = route_values(flow, forward_stage, num_stages, microbatch)
+    summaries = tuple(_summarise(graph, s, microbatch, device) for s in range(num_stages))
+    return Plan(graph, summaries, microbatch)
+
+
+def _summarise(graph: StageGraph, stage: int, n: int, device: Roofline) -> StageSummary:
+    forward, backward = graph.programs["F", stage], graph.programs.get(("B", stage))
+    back_eqns = backward.eqns if backward is not None else ()
+    stays = [v for b in graph.bundles if b.stage == stage and b.last_reader[0] == "B" and b.source[0] == "F" for v in b.values]
+    sent = [v for b in graph.bundles if b.travels and b.source[1] == stage for v in b.values]
+    return StageSummary(
+        modules=name_modules(forward),
+        forward_flops=sum(count_flops(e, n) for e in forward.eqns),
+        backward_flops=sum(count_flops(e, n) for e in back_eqns),
+        forward_seconds=sum(estimate_seconds(e, n, device) for e in forward.eqns),
+        backward_seconds=sum(estimate_seconds(e, n, device) for e in back_eqns),
+        residual_bytes=sum(v.bytes_at(n) for v in stays),
+        sent_bytes=sum(v.bytes_at(n) for v in sent),
+    )
+
+
+def name_modules(program: StageProgram) -> str:
+    """The modules of a stage, for people: `GPT/embed … block_1`; `3 operations` where nothing has a name."""
+    paths = list(dict.fromkeys(eqn.path for eqn in program.eqns if eqn.path))
+    if not paths:
+        kinds = [eqn.name for eqn in program.eqns if eqn.name in ("dot_general", "conv_general_dilated", "gather", "scan")]
+        return f"{len(program.eqns)} operations ({len(kinds)} products)"
+    depth = max(len(p) for p in paths)
+    shared = 0
+    while shared < depth and len({p[:shared + 1] for p in paths if len(p) > shared}) == 1:
+        shared += 1
+    names = list(dict.fromkeys(p[shared] for p in paths if len(p) > shared))
+    if not names:
+        return "/".join(paths[0])
+    head = "/".join(next(p for p in paths if len(p) > shared)[:shared])
+    label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    return f"{head}/{label}" if head else label

@@ -1,0 +1,174 @@
+"""Differential tracing: one flat program from the same function's jaxprs at two batch sizes.
+
+The two jaxprs are walked in step. Calls (`jit`, custom derivatives, `checkpoint`) are spliced into the caller; control
+flow keeps its bodies. Where a shape or an integer parameter differs between the sizes it becomes a `Size`; where a
+literal differs it is a normaliser and keeps the whole batch's value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxpar import _jax
+from jaxpar.errors import TraceError
+from jaxpar.trace.ir import Atom, Body, Eqn, Literal, Size, Var
+
+_IGNORED_PARAMS = {"sharding", "out_sharding"}  # layouts under the tracing mesh; the step's own mesh decides
+
+
+def pair_jaxprs(whole: Any, small: Any, sizes: tuple[int, int], names: Sequence[str] = ()) -> Body:
+    """The program whose traces at `sizes = (B, b)` examples are the closed jaxprs `whole` and `small`.
+
+    Raises: TraceError at the first place where the two differ in more than sizes.
+    """
+    return _Pairing(sizes).pair_body(whole, small, names)
+
+
+@dataclass(frozen=True)
+class _Context:
+    path: tuple[str, ...] = ()
+    backward: bool = False
+    callers: tuple[Any, ...] = ()
+
+
+class _Pairing:
+    def __init__(self, sizes: tuple[int, int]):
+        self.sizes = sizes
+
+    # -- bodies ----------------------------------------------------------------------------------------------------
+
+    def pair_body(self, whole: Any, small: Any, names: Sequence[str] = (), ctx: _Context = _Context()) -> Body:
+        (jw, cw), (js, cs) = _jax.open_jaxpr(whole), _jax.open_jaxpr(small)
+        env: dict[Any, Atom] = {}
+        if len(jw.invars) != len(js.invars) or len(jw.outvars) != len(js.outvars):
+            raise TraceError(self._differ("the number of inputs or outputs of a function", None, None))
+        names = list(names) or [""] * len(jw.invars)
+        inputs = tuple(
+            self._new_var(env, w, s, name) for w, s, name in zip(jw.invars, js.invars, names, strict=True)
+        )
+        consts = self._pair_consts(env, jw, js, cw, cs)
+        eqns: list[Eqn] = []
+        self._walk(jw.eqns, js.eqns, env, eqns, consts, ctx)
+        outputs = tuple(self._read(env, w, s) for w, s in zip(jw.outvars, js.outvars, strict=True))
+        return Body(inputs, tuple(eqns), outputs, consts)
+
+    def _pair_consts(self, env: dict, jw: Any, js: Any, cw: Sequence, cs: Sequence) -> dict[Var, Any]:
+        if len(cw) != len(cs):
+            raise TraceError(self._differ("the number of captured constants", None, None))
+        consts: dict[Var, Any] = {}
+        for vw, vs, value in zip(jw.constvars, js.constvars, cw, strict=True):
+            consts[self._new_var(env, vw, vs, "constant")] = value
+        return consts
+
+    def _walk(self, whole: Sequence, small: Sequence, env: dict, out: list[Eqn], consts: dict, ctx: _Context) -> None:
+        for ew, es in zip(whole, small, strict=False):
+            self._pair_eqn(ew, es, env, out, consts, ctx)
+        if len(whole) != len(small):
+            longer = whole if len(whole) > len(small) else small
+            raise TraceError(self._differ("the number of operations", longer[min(len(whole), len(small))], None))
+
+    # -- equations -------------------------------------------------------------------------------------------------
+
+    def _pair_eqn(self, ew: Any, es: Any, env: dict, out: list[Eqn], consts: dict, ctx: _Context) -> None:
+        same_arity = len(ew.invars) == len(es.invars) and len(ew.outvars) == len(es.outvars)
+        if ew.primitive is not es.primitive or not same_arity:
+            raise TraceError(self._differ("the operation", ew, es))
+        path, backward = _jax.parse_name_stack(_jax.name_stack(ew))
+        if ctx.path and path[:1] == ctx.path[-1:]:
+            path = path[1:]
+        ctx = _Context(ctx.path + path, ctx.backward or backward, (ew, *ctx.callers))
+        inputs = tuple(self._read(env, w, s, ew) for w, s in zip(ew.invars, es.invars, strict=True))
+        body_w, body_s = _jax.inlined_body(ew), _jax.inlined_body(es)
+        if body_w is not None and body_s is not None:
+            outputs = self._splice(body_w, body_s, inputs, out, consts, ctx)
+            env.update(zip(ew.outvars, outputs, strict=True))
+            return
+        params, bodies = self._pair_params(ew, es, ctx)
+        outputs = tuple(self._new_var(env, w, s) for w, s in zip(ew.outvars, es.outvars, strict=True))
+        out.append(Eqn(ew.primitive, inputs, outputs, params, bodies, ctx.path, ctx.backward, ctx.callers))
+
+    def _splice(
+        self, whole: Any, small: Any, inputs: tuple[Atom, ...], out: list[Eqn], consts: dict, ctx: _Context
+    ) -> tuple[Atom, ...]:
+        (jw, cw), (js, cs) = _jax.open_jaxpr(whole), _jax.open_jaxpr(small)
+        env: dict[Any, Atom] = dict(zip(jw.invars, inputs, strict=True))
+        consts.update(self._pair_consts(env, jw, js, cw, cs))
+        self._walk(jw.eqns, js.eqns, env, out, consts, ctx)
+        return tuple(self._read(env, w, s) for w, s in zip(jw.outvars, js.outvars, strict=True))
+
+    def _pair_params(self, ew: Any, es: Any, ctx: _Context) -> tuple[dict[str, Any], dict[str, tuple[Body, ...]]]:
+        params: dict[str, Any] = {}
+        bodies: dict[str, tuple[Body, ...]] = {}
+        nested = ew.primitive.name in ("scan", "while", "cond")
+        for key, value in ew.params.items():
+            other = es.params[key]
+            if key in _IGNORED_PARAMS:
+                params[key] = None
+            elif nested and _jax.is_jaxpr(value):
+                bodies[key] = (self.pair_body(value, other, ctx=ctx),)
+            elif nested and isinstance(value, tuple) and value and all(map(_jax.is_jaxpr, value)):
+                bodies[key] = tuple(self.pair_body(w, s, ctx=ctx) for w, s in zip(value, other, strict=True))
+            else:
+                params[key] = self._merge(value, other, ew, es)
+        if ew.primitive.name == "scan":
+            params["num_consts"], params["num_carry"] = _jax.scan_counts(ew.params, len(ew.invars))
+        return params, bodies
+
+    # -- values ----------------------------------------------------------------------------------------------------
+
+    def _new_var(self, env: dict, whole: Any, small: Any, name: str = "") -> Var:
+        shape = tuple(self._merge(w, s, None, None) for w, s in zip(whole.aval.shape, small.aval.shape, strict=True))
+        env[whole] = var = Var(shape, whole.aval.dtype, name)
+        return var
+
+    def _read(self, env: dict, whole: Any, small: Any, eqn: Any = None) -> Atom:
+        if isinstance(whole, _jax.Literal) != isinstance(small, _jax.Literal):
+            raise TraceError(self._differ("a constant", eqn, None))
+        if not isinstance(whole, _jax.Literal):
+            return env[whole]
+        equal = np.array_equal(np.asarray(whole.val), np.asarray(small.val), equal_nan=whole.val.dtype.kind in "fc")
+        return Literal(whole.val, whole.aval.dtype, normaliser=not equal)
+
+    def _merge(self, whole: Any, small: Any, ew: Any, es: Any) -> Any:
+        """One value for both sizes: itself where they agree, a `Size` where integers differ."""
+        if isinstance(whole, int | np.integer) and isinstance(small, int | np.integer):
+            return whole if whole == small else self._size(int(whole), int(small), ew)
+        if isinstance(whole, tuple | list) and isinstance(small, tuple | list) and len(whole) == len(small):
+            items = [self._merge(w, s, ew, es) for w, s in zip(whole, small, strict=True)]
+            return type(whole)(*items) if hasattr(whole, "_fields") else type(whole)(items)
+        if isinstance(whole, Mapping) and isinstance(small, Mapping) and whole.keys() == small.keys():
+            return {k: self._merge(whole[k], small[k], ew, es) for k in whole}
+        if callable(whole) or _jax.is_jaxpr(whole) or _same(whole, small):
+            return whole
+        raise TraceError(self._differ("a parameter of the operation", ew, es))
+
+    def _size(self, whole: int, small: int, eqn: Any) -> Size:
+        total, part = self.sizes
+        if (whole - small) % (total - part):
+            what = f"a size ({whole} against {small}) that doesn't grow evenly with the number of examples"
+            raise TraceError(self._differ(what, eqn, None))
+        per_example = (whole - small) // (total - part)
+        return Size(per_example, whole - per_example * total)
+
+    def _differ(self, what: str, ew: Any, es: Any) -> str:
+        whole, small = self.sizes
+        at = [f"{e.primitive.name} at {_jax.user_frame(e) or 'an unknown line'}" for e in (ew, es) if e is not None]
+        detail = f": {' against '.join(at)}" if at else ""
+        return (
+            f"the step does something else with {whole} examples than with {small}: {what} differs{detail}. "
+            "A pipelined step runs the same program for every number of examples: take Python decisions on the batch "
+            "size (`if x.shape[0] ...`, loops over it) outside the step, or write them with jnp.where."
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    try:
+        return bool(a == b)
+    except ValueError:  # arrays
+        return bool(np.array_equal(a, b))

@@ -1,0 +1,127 @@
+import time
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxpar.errors import ScheduleError
+from jaxpar.schedule import (
+    Action,
+    StageCosts,
+    StageDag,
+    Timetable,
+    compare_lockstep,
+    one_f_one_b,
+    simulate,
+)
+
+from .strategies import dags, exchanges, microbatches
+
+seconds = st.floats(0, 10)
+
+
+@st.composite
+def simulated(draw):
+    dag = draw(dags())
+    timetable = one_f_one_b(dag, draw(microbatches), exchange=draw(exchanges), extra=draw(st.integers(0, 2)))
+    forward, backward = (tuple(draw(seconds) for _ in range(dag.num_stages)) for _ in range(2))
+    edges = st.dictionaries(st.sampled_from(sorted({*dag.forward, *dag.backward, (0, 0)})), seconds)
+    by_edge = draw(edges.map(lambda d: {edge: x for edge, x in d.items() if edge != (0, 0)}))
+    return timetable, StageCosts(forward, backward, draw(st.one_of(seconds, st.just(by_edge))))
+
+
+@given(simulated())
+def test_invariants(case):
+    timetable, costs = case
+    executor, free = simulate(timetable, costs), simulate(timetable, costs, mode="free")
+    assert free.makespan <= executor.makespan * (1 + 1e-9)
+    assert free.busy == executor.busy
+    for simulation in (executor, free):
+        assert simulation.makespan >= max(simulation.busy) * (1 - 1e-9)
+        assert -1e-9 <= simulation.bubble_fraction <= 1
+        assert len(simulation.start) == sum(len(timetable.order(rank)) for rank in range(timetable.dag.num_ranks))
+
+
+@given(simulated(), st.sampled_from(["executor", "free"]))
+def test_no_action_starts_before_its_inputs_are_there_or_its_rank_is_free(case, mode):
+    timetable, costs = case
+    dag, run = timetable.dag, simulate(timetable, costs, mode=mode)
+    for kind, edges in (("F", dag.forward), ("B", dag.backward)):
+        for src, dst in edges:
+            for m in range(timetable.num_microbatches):
+                arrives = run.end[Action(kind, src, m)] + costs.transfer_of(dag, src, dst)
+                assert run.start[Action(kind, dst, m)] >= arrives - 1e-9
+    for rank in range(dag.num_ranks):
+        order = timetable.order(rank)
+        assert all(run.start[b] >= run.end[a] - 1e-9 for a, b in pairwise(order))
+
+
+def test_by_hand_one_micro_batch_with_transfers():
+    """F0 0-1, half a second on the way, F1 1.5-2.5, B1 2.5-4.5, half a second, B0 5-7."""
+    timetable = one_f_one_b(StageDag.chain(2), 1, exchange=1)
+    for mode in ("executor", "free"):
+        run = simulate(timetable, StageCosts.uniform(2, transfer=0.5), mode=mode)
+        assert [run.start[a] for a in map(Action.from_text, ("0F0", "1F0", "1B0", "0B0"))] == [0, 1.5, 2.5, 5]
+        assert (run.makespan, run.busy, run.idle) == (7.0, (3.0, 3.0), (4.0, 4.0))
+        assert run.bubble_fraction == pytest.approx(1 - 6 / 14)
+
+
+def test_by_hand_a_forward_beside_a_backward_waits_for_it():
+    """Rank 0's third forward needs nothing, but in lockstep waits for rank 1's long first backward."""
+    text = """x  microbatches=3 exchange=1
+    rank 0 | 0F0 0F1 .   0F2 0B0 0B1 .   . 0B2
+    rank 1 | .   1F0 1B0 1F1 1B1 1F2 1B2 . ."""
+    timetable = Timetable.from_text(text, dag=StageDag.chain(2))
+    costs = StageCosts((1, 1), (1, 5))
+    assert simulate(timetable, costs).start[Action("F", 0, 2)] == 7
+    assert simulate(timetable, costs, mode="free").start[Action("F", 0, 2)] == 2
+
+
+def test_ranks_that_share_no_edge_do_not_wait_for_each_other():
+    dag = StageDag(2, (), (), (0, 1), 2, has_backward=False)
+    timetable = Timetable.from_text("x  microbatches=2 exchange=1\nrank 0 | 0F0 0F1\nrank 1 | 1F0 1F1", dag=dag)
+    assert simulate(timetable, StageCosts((1, 10))).start[Action("F", 0, 1)] == 1
+
+
+def test_zero_bubble_h1_by_hand_runs_free_of_lockstep_costs():
+    """With F = I = W every tick takes the same time, so ticks are time: 3 m + p - 1 at p = 2."""
+    text = """zb-h1  microbatches=3 exchange=1
+    rank 0 | 0F0 0F1 .   0I0 0F2 0I1 0W0 0I2 0W1 0W2
+    rank 1 | .   1F0 1I0 1F1 1I1 1F2 1I2 1W0 1W1 1W2"""
+    timetable = Timetable.from_text(text, dag=StageDag.chain(2))
+    both = compare_lockstep(timetable, StageCosts.uniform(2))
+    assert (both.executor.makespan, both.ratio) == (3 * 3 + 2 - 1, 1.0)
+
+
+def test_compare_lockstep_prints_both():
+    both = compare_lockstep(one_f_one_b(StageDag.chain(4), 16, extra=0, exchange=1), StageCosts.uniform(4))
+    assert both.ratio == pytest.approx(72 / 57)
+    assert (
+        str(both)
+        == """\
+           makespan   bubble
+executor         72    33.3%
+free             57    15.8%
+ratio         1.263"""
+    )
+
+
+def test_nothing_takes_time():
+    run = simulate(one_f_one_b(StageDag.chain(2), 2), StageCosts.uniform(2, forward=0, backward=0))
+    assert (run.makespan, run.bubble_fraction) == (0, 0)
+
+
+def test_unknown_mode():
+    with pytest.raises(ScheduleError, match="no simulation mode 'fast'; known: executor, free"):
+        simulate(one_f_one_b(StageDag.chain(2), 2), StageCosts.uniform(2), mode="fast")
+
+
+def test_quick_enough_to_search_with():
+    timetable, costs = one_f_one_b(StageDag.chain(16), 64), StageCosts.uniform(16)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        simulate(timetable, costs)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.1
