@@ -71,7 +71,7 @@ def measure_memory(config: gpt.Config) -> None:
         state, batch = gpt.init_state(sized), gpt.make_batch(sized)
         step = pipelined_step(num_microbatches)
         temp = temp_bytes(step.lower(state, batch).compile())
-        alive = max(step.plan(state, batch).live_bytes_per_rank)
+        alive = step.memory(state, batch).temporary
         baseline = temp_bytes(jax.jit(gpt.accumulating_step(num_microbatches)).lower(state, batch).compile())
         print(
             f"{num_microbatches:4d} {temp / MIB:10.1f} {alive / MIB:10.1f} {temp / alive:7.2f} {baseline / MIB:13.1f}",
@@ -106,7 +106,7 @@ def measure_state(config: gpt.Config) -> None:
         for shard in leaf.addressable_shards:
             per_rank[shard.device] += shard.data.nbytes
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
-    largest = max(step.plan(state, batch).state_bytes_per_stage)
+    largest = max(s.state_bytes for s in step.plan(state, batch).summaries)
     print("per rank: " + " ".join(f"{size / MIB:.1f}" for size in per_rank.values()))
     print(f"largest stage: {largest / MIB:.1f}; ratio {max(per_rank.values()) / largest:.2f}; whole: {whole / MIB:.1f}")
 

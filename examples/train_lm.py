@@ -180,7 +180,7 @@ def run_pipelined(state: TrainState, args: argparse.Namespace) -> None:
     """The whole training on the mesh; its first steps are compared with the undecorated ones."""
     step = parallelize_step(args)
     first_batch = next(make_batches(args))
-    plan = f"{step.plan(state, first_batch)}\n\n{step.explain(state, first_batch)}\n"
+    plan = f"{step.explain(state, first_batch)}\n"
     print(f"\n{plan}")
     (args.out / "plan.txt").write_text(plan)
     draw_timetable(step.timetable(state, first_batch), path=args.out / "timetable.png")

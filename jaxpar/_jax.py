@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
@@ -18,7 +18,8 @@ Literal = jex_core.Literal
 Primitive = jex_core.Primitive
 
 # Calls whose body may be spliced into the caller without a change of meaning.
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_CALLS = {"jit", "pjit", "call", "closed_call", "core_call", "eval_jaxpr", "composite"}
+_CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _REMAT = {"checkpoint", "remat", "remat2"}
 _TRANSFORM = re.compile(r"^(transpose|jvp|vmap|linearize|vjp|jit|pjit|checkpoint|remat)\((.*)\)$")
 _PACKAGE = str(Path(__file__).parent)
@@ -34,12 +35,25 @@ def is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns") and hasattr(value, "invars") or isinstance(value, jex_core.ClosedJaxpr)
 
 
-def inlined_body(eqn: Any) -> Any | None:
-    """The jaxpr of a call that can be spliced into its caller, or None."""
-    if eqn.primitive.name not in _CALLS and eqn.primitive.name not in _REMAT:
+class InlinedCall(NamedTuple):
+    """A call that can be spliced into its caller: `outputs = body(*(operands[i] for i in inputs))`."""
+
+    body: Any
+    inputs: Sequence[int]
+
+
+def inlined_call(eqn: Any) -> InlinedCall | None:
+    """The call that an equation is, or None."""
+    name, operands = eqn.primitive.name, range(len(eqn.invars))
+    if name == "custom_linear_solve":  # operands: constants of matvec, vecmat, solve, transpose_solve, then b
+        lengths = eqn.params["const_lengths"]
+        start = lengths.matvec + lengths.vecmat
+        solve = operands[start : start + lengths.solve]
+        return InlinedCall(eqn.params["jaxprs"].solve, (*solve, *operands[sum(lengths) :]))
+    if name not in _CALLS and name not in _REMAT:
         return None
     bodies = [value for value in eqn.params.values() if is_jaxpr(value)]
-    return bodies[0] if len(bodies) == 1 else None
+    return InlinedCall(bodies[0], operands) if len(bodies) == 1 else None
 
 
 def is_recomputation(eqn: Any) -> bool:

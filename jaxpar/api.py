@@ -18,19 +18,21 @@ from jaxpar.errors import JaxparError, LowerError, PlanError, TraceError
 from jaxpar.lower import (
     Axes,
     Machine,
+    MemoryEstimate,
     PlacedState,
     StateLayout,
     build_machine,
     build_step,
+    estimate_memory,
     gather_leaves,
     init_leaves,
     make_layout,
     place_leaves,
 )
-from jaxpar.plan import Plan, Roofline, home_state, plan_stages
+from jaxpar.plan import Plan, Roofline, plan_stages
 from jaxpar.schedule import StageCosts, StageDag, Timetable, make_timetable, simulate
-from jaxpar.show import render_plan
-from jaxpar.trace import Program, make_program
+from jaxpar.show import explain_step
+from jaxpar.trace import Program, abstract_args, make_program, trace_size
 
 P = PartitionSpec
 
@@ -311,13 +313,13 @@ class PipelinedStep:
             )
 
     def _check_tree(self, layout: StateLayout, state: Any, name: str) -> None:
-        leaves, tree = jax.tree.flatten(state)
+        leaves, tree = jax.tree.flatten(abstract_args(state))
         if (tree,) != layout.trees:
             raise LowerError(f"{name} has another tree than the state that {self.__name__} was planned for:\n  {tree}\ninstead of\n  {layout.trees[0]}")
         wrong = [
-            f"  {leaf.name} : {x.dtype}{list(np.shape(x))} instead of {leaf.dtype}{list(leaf.shape)}"
+            f"  {leaf.name} : {x.dtype}{list(x.shape)} instead of {leaf.dtype}{list(leaf.shape)}"
             for leaf, x in zip(layout.leaves, leaves, strict=True)
-            if tuple(np.shape(x)) != leaf.shape or x.dtype != leaf.dtype
+            if x.shape != leaf.shape or x.dtype != leaf.dtype
         ]
         if wrong:
             raise LowerError(f"leaves of {name} differ from what {self.__name__} was planned for:\n" + "\n".join(wrong))
@@ -338,7 +340,12 @@ class PipelinedStep:
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """The plan, the timetable's cost, and the memory, in words and tables."""
-        return render_plan(self._examine(args, kwargs))
+        built = self._examine(args, kwargs)
+        return explain_step(built.program, built.plan, built.timetable, built.machine)
+
+    def memory(self, *args: Any, **kwargs: Any) -> MemoryEstimate:
+        """Bytes that must be in memory on each device, counted from the plan and the timetable."""
+        return estimate_memory(self._examine(args, kwargs).machine)
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """The step, lowered for its mesh ahead of time; `.compile()` compiles it."""
@@ -380,8 +387,10 @@ class PipelinedStep:
         """The whole pass."""
         axes, options = self._axes, self._options
         microbatch = self._microbatch_size(arguments)
-        program = make_program(arguments.trace, arguments.names, arguments.roles, arguments.num_examples, microbatch)
-        outputs = match_state_outputs(arguments, arguments.output_shapes(), program.carries_over, options.new_state)
+        sizes = (arguments.num_examples, trace_size(arguments.num_examples, microbatch))
+        (whole, shapes), (small, _) = map(arguments.trace, sizes)
+        program = make_program(whole, small, sizes, arguments.names, arguments.roles)
+        outputs = match_state_outputs(arguments, shapes, program.carries_over, options.new_state)
         layouts = self._known_layouts()
         plan = plan_stages(
             program,
@@ -389,12 +398,13 @@ class PipelinedStep:
             microbatch,
             Roofline.for_platform(self._mesh.devices.flat[0].platform),
             judge=self._judge,
+            updated=_updated_inputs(arguments, outputs),
             cuts=options.cuts,
             owners=_owners(arguments, layouts) if layouts is not None else None,
         )
         timetable = make_timetable(options.schedule, plan.graph.dag(axes.num_ranks), options.num_microbatches, **options.schedule_options)
         if layouts is None:
-            layouts = self._lay_out(arguments, program, plan, outputs.state_outputs, specs)
+            layouts = self._lay_out(arguments, plan, specs)
         machine = build_machine(program, plan.graph, timetable, axes, microbatch, layouts, outputs.state_outputs)
         jitted = _jit(build_step(machine, self._mesh), outputs.updated, options.donate)
         self._layouts = layouts
@@ -418,11 +428,8 @@ class PipelinedStep:
             return simulate(make_timetable("1f1b", dag, options.num_microbatches), costs).makespan
         return simulate(make_timetable(options.schedule, dag, options.num_microbatches, **options.schedule_options), costs).makespan
 
-    def _lay_out(
-        self, arguments: Arguments, program: Program, plan: Plan, state_outputs: Mapping[int, int], specs: Sequence[tuple[Any, ...]]
-    ) -> tuple[StateLayout, ...]:
-        state = arguments.leaves_of("state")
-        homes = home_state(program, plan.graph, {state[leaf]: out for out, leaf in state_outputs.items()})
+    def _lay_out(self, arguments: Arguments, plan: Plan, specs: Sequence[tuple[Any, ...]]) -> tuple[StateLayout, ...]:
+        state, homes = arguments.leaves_of("state"), plan.homes
         layouts, start = [], 0
         for i in self._signature.state_argnums:
             tree = arguments.trees[i]
@@ -469,9 +476,15 @@ def _gather(state: Any) -> Any:
     return jax.tree.unflatten(state.layout.trees[0], gather_leaves(state))
 
 
-def _owners(arguments: Arguments, layouts: Sequence[StateLayout]) -> dict[int, int]:
+def _owners(arguments: Arguments, layouts: Sequence[StateLayout]) -> dict[int, int | None]:
     leaves = [leaf for layout in layouts for leaf in layout.leaves]
-    return {i: leaf.rank for i, leaf in zip(arguments.leaves_of("state"), leaves, strict=True) if leaf.rank is not None}
+    return {i: leaf.rank for i, leaf in zip(arguments.leaves_of("state"), leaves, strict=True)}
+
+
+def _updated_inputs(arguments: Arguments, outputs: OutputTree) -> dict[int, int]:
+    """Index of the output that is the new value of a state input, by the input's index."""
+    state = arguments.leaves_of("state")
+    return {state[leaf]: out for out, leaf in outputs.state_outputs.items()}
 
 
 def _user_specs(args: Sequence[Any], arguments: Arguments, axes: Axes) -> list[tuple[Any, ...]]:
@@ -501,6 +514,11 @@ class Lowered:
     step: PipelinedStep
     built: Built
     lowered: Any
+
+    @property
+    def num_programs(self) -> int:
+        """Distinct programs of stages' actions: equal stages share theirs."""
+        return self.built.machine.num_stage_programs
 
     def as_text(self) -> str:
         return self.lowered.as_text()

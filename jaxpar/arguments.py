@@ -91,12 +91,9 @@ class Arguments:
                 args.append(jax.tree.unflatten(tree, [next(it) for _ in range(tree.num_leaves)]))
         return self.signature.fun(*args)
 
-    def trace(self, num_examples: int) -> Any:
-        """The closed jaxpr with that many examples in the batch."""
-        return jax.make_jaxpr(lambda *leaves: self.call(leaves))(*self._sized(num_examples))
-
-    def output_shapes(self) -> Any:
-        return jax.eval_shape(lambda *leaves: self.call(leaves), *self.leaves)
+    def trace(self, num_examples: int) -> tuple[Any, Any]:
+        """The closed jaxpr with that many examples in the batch, and the output as a tree of shapes."""
+        return jax.make_jaxpr(lambda *leaves: self.call(leaves), return_shape=True)(*self._sized(num_examples))
 
     def _sized(self, n: int) -> list[jax.ShapeDtypeStruct]:
         return [
@@ -124,16 +121,18 @@ def read_arguments(signature: Signature, args: Sequence[Any]) -> Arguments:
         trees.append(tree)
         for path, leaf in flat:
             name = f"{signature.argument_name(i)}{keystr(path)}"
-            leaves.append(_abstract_leaf(name, leaf))
+            leaves.append(_abstract_leaf(name, leaf, signature.role(i)))
             names.append(name)
             roles.append(signature.role(i))
     num_examples = _common_size(signature, leaves, names, roles)
     return Arguments(signature, tuple(trees), tuple(static), tuple(leaves), tuple(names), tuple(roles), num_examples)
 
 
-def _abstract_leaf(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract_leaf(name: str, leaf: Any, role: Role) -> jax.ShapeDtypeStruct:
     try:
-        return abstract_args(leaf)
+        x = abstract_args(leaf)
+        # Python numbers in the state become arrays when it is placed: the same program before and after
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if role == "state" else x
     except TypeError as error:
         raise TraceError(
             f"{name} is a {type(leaf).__name__}, not an array. Leave it out of the arguments, make it static with "

@@ -1,7 +1,7 @@
 """An evaluator of programs for the rows of one micro-batch.
 
-Control flow is re-emitted through the public functions, so that nothing of the mesh under which the step was traced is left
-in the result. Equations that draw, or make in another way, the whole batch's values yield the micro-batch's rows of them.
+Control flow is re-emitted through the public functions, so that nothing of the mesh under which the step was traced is
+left in the result. Equations that draw, or make in another way, the whole batch's values yield the micro-batch's rows.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def evaluate_body(body: Body, values: Sequence[Any], rows: Rows) -> list[Any]:
 def _scan(eqn: Eqn, values: Sequence[Any], rows: Rows) -> Sequence[Any]:
     (body,) = eqn.bodies["jaxpr"]
     num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, init, xs = values[:num_consts], values[num_consts : num_consts + num_carry], values[num_consts + num_carry :]
+    consts, xs = values[:num_consts], values[num_consts + num_carry :]
+    init = values[num_consts : num_consts + num_carry]
 
     def step(carry: Any, x: Any) -> Any:
         out = evaluate_body(body, [*consts, *carry, *x], rows)
@@ -87,7 +88,8 @@ def _scan(eqn: Eqn, values: Sequence[Any], rows: Rows) -> Sequence[Any]:
 
 def _like(values: Sequence[Any], models: Sequence[Any]) -> tuple[Any, ...]:
     """The values with exactly the models' dtypes: loop carries differ at most in weak types."""
-    return tuple(v if jnp.result_type(v) == m.dtype else lax.convert_element_type(v, m.dtype) for v, m in zip(values, models, strict=True))
+    pairs = zip(values, models, strict=True)
+    return tuple(v if jnp.result_type(v) == m.dtype else lax.convert_element_type(v, m.dtype) for v, m in pairs)
 
 
 def _while(eqn: Eqn, values: Sequence[Any], rows: Rows) -> Sequence[Any]:
@@ -114,10 +116,11 @@ def _global_positions(eqn: Eqn, values: Sequence[Any], rows: Rows) -> Sequence[A
 
 def _sharding_constraint(eqn: Eqn, values: Sequence[Any], rows: Rows) -> Sequence[Any]:
     """The user's constraint, less the axes that the pipeline handles itself."""
-    sharding = eqn.params["sharding"]
+    sharding = eqn.params.get("sharding", eqn.params.get("dst_sharding"))
     if not isinstance(sharding, NamedSharding):
         return values
-    spec = PartitionSpec(*(keep_axes(entry, rows.manual_axes) for entry in sharding.spec))
+    elsewhere = frozenset(sharding.mesh.axis_names) - frozenset(jax.sharding.get_abstract_mesh().axis_names)
+    spec = PartitionSpec(*(keep_axes(entry, rows.manual_axes | elsewhere) for entry in sharding.spec))
     if all(entry is None for entry in spec):
         return values
     return [lax.with_sharding_constraint(values[0], spec)]
@@ -138,6 +141,8 @@ _SPECIAL = {
     "global_positions": _global_positions,
     "rows": lambda eqn, values, rows: [jnp.asarray(values[0])],
     "sharding_constraint": _sharding_constraint,
+    "reshard": _sharding_constraint,
+    "device_put": lambda eqn, values, rows: values,
 }
 
 

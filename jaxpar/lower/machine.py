@@ -369,18 +369,19 @@ def _run_early_totals(machine: Machine, everyone: Sequence[Any], batch: Sequence
 def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Sequence[Any], first: Any) -> Carry:
     axes, mail, n = machine.axes, machine.mail, machine.microbatch
     rank = lax.axis_index(axes.stage)
-    registers = jnp.asarray(machine.registers)[:, rank]
-    arrivals = jnp.asarray(machine.arrivals)[:, rank]
+    # unsigned, so that indexing with them need not look out for negative ones
+    registers = jnp.asarray(machine.registers, jnp.uint32)[:, rank]
+    arrivals = jnp.asarray(machine.arrivals, jnp.uint32)[:, rank]
 
     def exchange(sent: Sequence[Sequence[Any]]) -> list[list[Any]]:
         pairs = [machine.routing.channels[box.channel].pairs for box in mail.boxes]
         return [[lax.ppermute(x, axes.stage, p) for x in payload] for payload, p in zip(sent, pairs, strict=True)]
 
     def act(row: Any, carry: Carry) -> Carry:
-        rows = Rows(n, machine.program.num_examples, first + row[MICROBATCH] * n, axes.manual)
+        rows = Rows(n, machine.program.num_examples, first + lax.convert_element_type(row[MICROBATCH] * n, jnp.int32), axes.manual)
         branches = [lambda c: c]
         branches += [lambda c, b=b: run_branch(b, row, c, stored, batch, mail, rows) for b in machine.branches]
-        return lax.switch(row[BRANCH], branches, carry)
+        return lax.switch(lax.convert_element_type(row[BRANCH], jnp.int32), branches, carry)
 
     def tick(carry: Carry, xs: tuple[Any, Any]) -> tuple[Carry, None]:
         row, slots = xs

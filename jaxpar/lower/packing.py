@@ -111,7 +111,7 @@ def _choose_slots(counts: Sequence[Counter[Item]]) -> dict[Item, int]:
     """How many slots each kind of item gets."""
     left = [sum(i.bytes * k for i, k in c.items()) for c in counts]
     limit = max(left, default=0) * (1 + _WASTE)
-    kinds = sorted({i for c in counts for i in c}, key=lambda i: (i.bytes, i.shape, str(i.dtype)), reverse=True)
+    kinds = sorted({i for c in counts for i in c}, key=lambda i: (i.bytes, i.shape, str(i.dtype), str(i.tag), i.whole), reverse=True)
     chosen: dict[Item, int] = {}
     dedicated = 0
     steps = [(sum(c[i] > k for c in counts), i, k) for i in kinds for k in range(max(c[i] for c in counts))]

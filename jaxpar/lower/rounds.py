@@ -8,6 +8,7 @@ what little two rounds have in common is computed twice, so nothing else has to 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from jaxpar.lower.packing import Item, Packing, Place, fill_buffers, pack_items,
 from jaxpar.trace import Atom, Eqn, Var
 from jaxpar.trace.fingerprint import fingerprint_eqns
 
-_SMALL_BYTES = 1 << 16
+_SMALL_BYTES = 1 << 16  # exchanged with all ranks at once, rather than sent from one to another
+_SCALAR_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -106,28 +108,34 @@ def build_rounds(
 def place_equations(
     eqns: Iterable[Eqn], home: Mapping[Var, int | None], hints: Mapping[Var, int]
 ) -> dict[Var, int | None]:
-    """The rank at which each value is computed, None for those that any rank can compute."""
+    """The rank at which each value is computed, None for those that any rank can compute.
+
+    Scalars made of values of several ranks, and what is added to them, are computed everywhere: a chain of additions over all
+    parameters then takes one exchange, in whatever order it visits the ranks.
+    """
     found = dict(home)
+    mixed: set[Var] = set()
     for eqn in eqns:
-        where = _choose_home(eqn, found, hints)
+        weight: dict[int, int] = defaultdict(int)
+        for v in eqn.reads:
+            if (rank := found[v]) is not None:
+                weight[rank] += v.bytes_at(1)
+        scalar = all(_elements(v) <= _SCALAR_ELEMENTS for v in (*eqn.reads, *eqn.outputs))
+        where: int | None
+        if scalar and (len(weight) > 1 or not mixed.isdisjoint(eqn.reads)):
+            where = None
+            mixed.update(eqn.outputs)
+        elif len(weight) > 1 and (hint := hints.get(eqn.outputs[0])) in weight:
+            where = hint
+        else:
+            where = max(weight, key=lambda r: (weight[r], -r), default=None)
         for v in eqn.outputs:
             found.setdefault(v, where)
     return found
 
 
-def _choose_home(eqn: Eqn, home: Mapping[Var, int | None], hints: Mapping[Var, int]) -> int | None:
-    weight: dict[int, int] = defaultdict(int)
-    for v in eqn.reads:
-        if (rank := home[v]) is not None:
-            weight[rank] += v.bytes_at(1)
-    if len(weight) <= 1:
-        return next(iter(weight), None)
-    hint = hints.get(eqn.outputs[0])
-    if hint in weight:
-        return hint
-    if all(is_small(v) for v in (*eqn.reads, *eqn.outputs)):
-        return None
-    return max(weight, key=lambda r: (weight[r], -r))
+def _elements(v: Var) -> int:
+    return math.prod(v.shape_at(1))
 
 
 class _Planner:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxpar.errors import PlanError
 from jaxpar.plan.costs import Roofline, count_flops, estimate_seconds
 from jaxpar.plan.cuts import ForwardOrder, balance_stages, cut_at_modules, depth_first_order, order_forward, program_order
-from jaxpar.plan.flow import Flow, analyse_flow
+from jaxpar.plan.flow import analyse_flow
+from jaxpar.plan.homes import Homes, home_state, state_read_by
 from jaxpar.plan.stages import StageGraph, StageProgram, route_values
 from jaxpar.schedule import StageCosts, StageDag
+from jaxpar.text import format_bytes, format_table
 from jaxpar.trace import Eqn, Program, Var
 
 
@@ -19,6 +22,8 @@ class StageSummary:
     """What one stage is and costs, per micro-batch of one replica."""
 
     modules: str
+    parameters: int  # elements of the state that its programs read and it owns
+    state_bytes: int  # of all the state that it owns
     forward_flops: float
     backward_flops: float
     forward_seconds: float
@@ -29,9 +34,10 @@ class StageSummary:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Stages, what each costs, and the graph between them. Printable."""
+    """Stages, what each costs, and where the state lives. Printable."""
 
     graph: StageGraph
+    homes: Homes
     summaries: tuple[StageSummary, ...]
     microbatch: int
 
@@ -41,6 +47,19 @@ class Plan:
             forward=tuple(s.forward_seconds for s in self.summaries),
             backward=tuple(s.backward_seconds for s in self.summaries),
         )
+
+    def __str__(self) -> str:
+        head = f"Plan: {len(self.summaries)} stages, micro-batches of {self.microbatch} examples (analytic costs per micro-batch)"
+        rows = [("stage", "modules", "parameters", "state", "F flop", "B flop", "time", "residuals", "sent", "to")]
+        whole = sum(s.forward_seconds + s.backward_seconds for s in self.summaries) or 1.0
+        for i, s in enumerate(self.summaries):
+            following = ",".join(str(b) for a, b in self.graph.edges("F") if a == i) or "-"
+            share = (s.forward_seconds + s.backward_seconds) / whole
+            rows.append(
+                (str(i), s.modules, f"{s.parameters:,}", format_bytes(s.state_bytes), f"{s.forward_flops:.3g}",
+                 f"{s.backward_flops:.3g}", f"{share:.1%}", format_bytes(s.residual_bytes), format_bytes(s.sent_bytes), following)
+            )  # fmt: skip
+        return head + "\n" + format_table(rows)
 
 
 Judge = Callable[[StageDag, StageCosts], float]
@@ -53,8 +72,9 @@ def plan_stages(
     microbatch: int,
     device: Roofline,
     judge: Judge,
+    updated: Mapping[int, int],
     cuts: Sequence[str] | None = None,
-    owners: Mapping[int, int] | None = None,
+    owners: Mapping[int, int | None] | None = None,
 ) -> Plan:
     """Cut the program into stages.
 
@@ -65,25 +85,28 @@ def plan_stages(
         device: what the stages run on.
         judge: the simulated step time of a stage graph; the fastest of the candidates wins.
         cuts: names of the modules at which stages 1 ... S-1 begin; None lets the planner choose.
-        owners: where the state lies already: stage by index of the program's input. The stages then follow it.
+        updated: index of the output that is the new value of a state input, by the input's index.
+        owners: where the state lies already: stage by index of the program's input, None for every stage. The stages follow it.
 
     Raises: PlanError where the program has fewer places to cut than stages, or a named module isn't there.
     """
     flow = analyse_flow(program)
+
+    def make(forward_stage: Mapping[Eqn, int]) -> Plan:
+        graph = route_values(flow, forward_stage, num_stages, microbatch)
+        homes = Homes(owners, {}) if owners is not None else home_state(program, graph, updated)
+        summaries = tuple(_summarise(graph, homes, s, microbatch, device) for s in range(num_stages))
+        return Plan(graph, homes, summaries, microbatch)
+
     orders = [order_forward(flow, order, microbatch, device) for order in _distinct_orders(flow)]
     if owners is not None:
-        starts = [_follow_owners(program, orders[0], owners, num_stages)]
-        candidates = [_make_plan(flow, _stages_of(orders[0], s), num_stages, microbatch, device) for s in starts]
+        candidates = [make(_stages_of(orders[0], _follow_owners(program, orders[0], owners, num_stages)))]
     elif cuts is not None:
         if len(cuts) + 1 != num_stages:
             raise PlanError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but the mesh has {num_stages}.")
-        stages = _stages_of(orders[0], cut_at_modules(orders[0], cuts))
-        candidates = [_make_plan(flow, stages, num_stages, microbatch, device)]
+        candidates = [make(_stages_of(orders[0], cut_at_modules(orders[0], cuts)))]
     else:
-        candidates = []
-        for order in orders:
-            stages = _stages_of(order, balance_stages(order, num_stages, device))
-            candidates.append(_make_plan(flow, stages, num_stages, microbatch, device))
+        candidates = [make(_stages_of(order, balance_stages(order, num_stages, device))) for order in orders]
     return min(candidates, key=lambda p: judge(p.graph.dag(num_stages), p.costs))
 
 
@@ -98,10 +121,10 @@ def _stages_of(order: ForwardOrder, starts: Sequence[int]) -> dict[Eqn, int]:
 
 
 def _follow_owners(
-    program: Program, order: ForwardOrder, owners: Mapping[int, int], num_stages: int
+    program: Program, order: ForwardOrder, owners: Mapping[int, int | None], num_stages: int
 ) -> tuple[int, ...]:
     """Starts of stages such that equations lie with the state that they read: for a program whose state is placed."""
-    behind: dict[Var, set[int]] = {program.inputs[i]: {s} for i, s in owners.items()}
+    behind: dict[Var, set[int]] = {program.inputs[i]: {s} for i, s in owners.items() if s is not None}
     for eqn in program.eqns:
         if program.phase[eqn] == "before":
             found = set().union(*(behind.get(v, set()) for v in eqn.reads)) if eqn.reads else set()
@@ -119,21 +142,17 @@ def _follow_owners(
     return tuple(starts)
 
 
-def _make_plan(
-    flow: Flow, forward_stage: Mapping[Eqn, int], num_stages: int, microbatch: int, device: Roofline
-) -> Plan:
-    graph = route_values(flow, forward_stage, num_stages, microbatch)
-    summaries = tuple(_summarise(graph, s, microbatch, device) for s in range(num_stages))
-    return Plan(graph, summaries, microbatch)
-
-
-def _summarise(graph: StageGraph, stage: int, n: int, device: Roofline) -> StageSummary:
+def _summarise(graph: StageGraph, homes: Homes, stage: int, n: int, device: Roofline) -> StageSummary:
     forward, backward = graph.programs["F", stage], graph.programs.get(("B", stage))
     back_eqns = backward.eqns if backward is not None else ()
     stays = [v for b in graph.bundles if b.stage == stage and b.last_reader[0] == "B" and b.source[0] == "F" for v in b.values]
     sent = [v for b in graph.bundles if b.travels and b.source[1] == stage for v in b.values]
+    owned = [graph.program.inputs[i] for i, s in homes.stage.items() if s == stage]
+    read = state_read_by(graph, stage)
     return StageSummary(
         modules=name_modules(forward),
+        parameters=sum(math.prod(v.shape_at(1)) for v in owned if v in read),
+        state_bytes=sum(v.bytes_at(1) for v in owned),
         forward_flops=sum(count_flops(e, n) for e in forward.eqns),
         backward_flops=sum(count_flops(e, n) for e in back_eqns),
         forward_seconds=sum(estimate_seconds(e, n, device) for e in forward.eqns),

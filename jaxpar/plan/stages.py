@@ -245,8 +245,10 @@ class _Routing:
                 outputs[v] = self._source(v) or ("F", self.num_stages - 1)
         return outputs
 
-    def _rank(self, v: Var) -> int:
-        return self.order[self.program.producer[v]]
+    def _rank(self, v: Var) -> tuple[int, int]:
+        """Program order: the same in every process, and alike for equal stages."""
+        producer = self.program.producer[v]
+        return self.order[producer], producer.outputs.index(v)
 
     def _bundles(self) -> tuple[Bundle, ...]:
         groups: dict[tuple[Node, int, tuple[Node, ...]], list[Var]] = defaultdict(list)

@@ -2,4 +2,4 @@
 
 from jaxpar.show.timetable import draw_timetable as draw_timetable
 from jaxpar.show.timetable import render_timetable as render_timetable
-from jaxpar.show.plan import render_plan as render_plan
+from jaxpar.show.plan import explain_step as explain_step

@@ -7,6 +7,7 @@ literal differs it is a normaliser and keeps the whole batch's value.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,14 @@ import numpy as np
 
 from jaxpar import _jax
 from jaxpar.errors import TraceError
-from jaxpar.trace.ir import Atom, Body, Eqn, Literal, Size, Var
+from jaxpar.trace.ir import Atom, Body, Eqn, Literal, Size, Var, drop_dead_eqns
+
+logger = logging.getLogger(__name__)
 
 _IGNORED_PARAMS = {"sharding", "out_sharding"}  # layouts under the tracing mesh; the step's own mesh decides
+_LAYOUT_OPS = {"sharding_constraint", "reshard"}  # but those that the user asks for are kept
+_CONTROL_FLOW = {"scan", "while", "cond"}
+_PRINTS = {"debug_callback", "debug_print"}
 
 
 def pair_jaxprs(whole: Any, small: Any, sizes: tuple[int, int], names: Sequence[str] = ()) -> Body:
@@ -53,8 +59,8 @@ class _Pairing:
         consts = self._pair_consts(env, jw, js, cw, cs)
         eqns: list[Eqn] = []
         self._walk(jw.eqns, js.eqns, env, eqns, consts, ctx)
-        outputs = tuple(self._read(env, w, s) for w, s in zip(jw.outvars, js.outvars, strict=True))
-        return Body(inputs, tuple(eqns), outputs, consts)
+        outputs = tuple(self._read(env, w, s, consts) for w, s in zip(jw.outvars, js.outvars, strict=True))
+        return Body(inputs, drop_dead_eqns(eqns, outputs), outputs, consts)
 
     def _pair_consts(self, env: dict, jw: Any, js: Any, cw: Sequence, cs: Sequence) -> dict[Var, Any]:
         if len(cw) != len(cs):
@@ -81,15 +87,34 @@ class _Pairing:
         if ctx.path and path[:1] == ctx.path[-1:]:
             path = path[1:]
         ctx = _Context(ctx.path + path, ctx.backward or backward, (ew, *ctx.callers))
-        inputs = tuple(self._read(env, w, s, ew) for w, s in zip(ew.invars, es.invars, strict=True))
-        body_w, body_s = _jax.inlined_body(ew), _jax.inlined_body(es)
-        if body_w is not None and body_s is not None:
-            outputs = self._splice(body_w, body_s, inputs, out, consts, ctx)
+        inputs = tuple(self._read(env, w, s, consts, ew) for w, s in zip(ew.invars, es.invars, strict=True))
+        call_w, call_s = _jax.inlined_call(ew), _jax.inlined_call(es)
+        if call_w is not None and call_s is not None:
+            used = tuple(inputs[i] for i in call_w.inputs)
+            outputs = self._splice(call_w.body, call_s.body, used, out, consts, ctx)
             env.update(zip(ew.outvars, outputs, strict=True))
+            return
+        if not self._keep_effects(ew):
             return
         params, bodies = self._pair_params(ew, es, ctx)
         outputs = tuple(self._new_var(env, w, s) for w, s in zip(ew.outvars, es.outvars, strict=True))
         out.append(Eqn(ew.primitive, inputs, outputs, params, bodies, ctx.path, ctx.backward, ctx.callers))
+
+    def _keep_effects(self, eqn: Any) -> bool:
+        """Whether the equation stays in the program: prints don't.
+
+        Raises: TraceError where its effects can't be left out.
+        """
+        if not eqn.effects or eqn.primitive.name in _CONTROL_FLOW:
+            return True
+        place = _jax.user_frame(eqn) or "an unknown line"
+        if eqn.primitive.name in _PRINTS:
+            logger.warning("%s: %s is left out of the pipelined step", place, eqn.primitive.name)
+            return False
+        raise TraceError(
+            f"{place}: {eqn.primitive.name} has side effects, and a pipelined step runs its operations in another "
+            "order, once for each micro-batch. Do it outside the step, with values that the step returns."
+        )
 
     def _splice(
         self, whole: Any, small: Any, inputs: tuple[Atom, ...], out: list[Eqn], consts: dict, ctx: _Context
@@ -98,22 +123,22 @@ class _Pairing:
         env: dict[Any, Atom] = dict(zip(jw.invars, inputs, strict=True))
         consts.update(self._pair_consts(env, jw, js, cw, cs))
         self._walk(jw.eqns, js.eqns, env, out, consts, ctx)
-        return tuple(self._read(env, w, s) for w, s in zip(jw.outvars, js.outvars, strict=True))
+        return tuple(self._read(env, w, s, consts) for w, s in zip(jw.outvars, js.outvars, strict=True))
 
     def _pair_params(self, ew: Any, es: Any, ctx: _Context) -> tuple[dict[str, Any], dict[str, tuple[Body, ...]]]:
         params: dict[str, Any] = {}
         bodies: dict[str, tuple[Body, ...]] = {}
-        nested = ew.primitive.name in ("scan", "while", "cond")
+        nested = ew.primitive.name in _CONTROL_FLOW
         for key, value in ew.params.items():
             other = es.params[key]
-            if key in _IGNORED_PARAMS:
+            if key in _IGNORED_PARAMS and ew.primitive.name not in _LAYOUT_OPS:
                 params[key] = None
             elif nested and _jax.is_jaxpr(value):
                 bodies[key] = (self.pair_body(value, other, ctx=ctx),)
             elif nested and isinstance(value, tuple) and value and all(map(_jax.is_jaxpr, value)):
                 bodies[key] = tuple(self.pair_body(w, s, ctx=ctx) for w, s in zip(value, other, strict=True))
             else:
-                params[key] = self._merge(value, other, ew, es)
+                params[key] = self._merge(value, other, ew, es, key)
         if ew.primitive.name == "scan":
             params["num_consts"], params["num_carry"] = _jax.scan_counts(ew.params, len(ew.invars))
         return params, bodies
@@ -125,26 +150,32 @@ class _Pairing:
         env[whole] = var = Var(shape, whole.aval.dtype, name)
         return var
 
-    def _read(self, env: dict, whole: Any, small: Any, eqn: Any = None) -> Atom:
+    def _read(self, env: dict, whole: Any, small: Any, consts: dict, eqn: Any = None) -> Atom:
         if isinstance(whole, _jax.Literal) != isinstance(small, _jax.Literal):
             raise TraceError(self._differ("a constant", eqn, None))
         if not isinstance(whole, _jax.Literal):
             return env[whole]
+        if np.shape(whole.val) != np.shape(small.val):  # an array of the batch's size
+            var = self._new_var({}, whole, small, "constant")
+            consts[var] = whole.val
+            return var
         equal = np.array_equal(np.asarray(whole.val), np.asarray(small.val), equal_nan=whole.val.dtype.kind in "fc")
         return Literal(whole.val, whole.aval.dtype, normaliser=not equal)
 
-    def _merge(self, whole: Any, small: Any, ew: Any, es: Any) -> Any:
+    def _merge(self, whole: Any, small: Any, ew: Any, es: Any, name: str = "") -> Any:
         """One value for both sizes: itself where they agree, a `Size` where integers differ."""
-        if isinstance(whole, int | np.integer) and isinstance(small, int | np.integer):
-            return whole if whole == small else self._size(int(whole), int(small), ew)
+        if isinstance(whole, int | np.integer) and isinstance(small, int | np.integer) and whole == small:
+            return whole
+        if _is_size(whole) and _is_size(small):
+            return self._size(int(whole), int(small), ew)
         if isinstance(whole, tuple | list) and isinstance(small, tuple | list) and len(whole) == len(small):
-            items = [self._merge(w, s, ew, es) for w, s in zip(whole, small, strict=True)]
+            items = [self._merge(w, s, ew, es, name) for w, s in zip(whole, small, strict=True)]
             return type(whole)(*items) if hasattr(whole, "_fields") else type(whole)(items)
         if isinstance(whole, Mapping) and isinstance(small, Mapping) and whole.keys() == small.keys():
-            return {k: self._merge(whole[k], small[k], ew, es) for k in whole}
+            return {k: self._merge(whole[k], small[k], ew, es, name) for k in whole}
         if callable(whole) or _jax.is_jaxpr(whole) or _same(whole, small):
             return whole
-        raise TraceError(self._differ("a parameter of the operation", ew, es))
+        raise TraceError(self._differ(f"the parameter '{name}' of the operation", ew, es))
 
     def _size(self, whole: int, small: int, eqn: Any) -> Size:
         total, part = self.sizes
@@ -163,6 +194,10 @@ class _Pairing:
             "A pipelined step runs the same program for every number of examples: take Python decisions on the batch "
             "size (`if x.shape[0] ...`, loops over it) outside the step, or write them with jnp.where."
         )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _same(a: Any, b: Any) -> bool:

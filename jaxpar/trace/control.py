@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from jaxpar.trace.failures import NestedFailures
 from jaxpar.trace.ir import Body, Eqn, Size
-from jaxpar.trace.types import INVARIANT, Batched, BatchType, Coupling, Incomplete, Invariant, Partial
+from jaxpar.trace.types import INVARIANT, Batched, BatchType, Coupling, Incomplete, Invariant, NeedsComplete, Partial
+
+_LOOPS = "loops over the examples of the batch"
+_VMAP = "Let jax.vmap treat the examples side by side, instead of lax.map, lax.scan, or lax.fori_loop one by one."
 
 Nested = Callable[[Body, Sequence[BatchType]], tuple[Body, list[BatchType]]]
 
@@ -17,12 +21,19 @@ def is_control_flow(eqn: Eqn) -> bool:
 
 def infer_control_flow(eqn: Eqn, types: Sequence[BatchType], nested: Nested) -> tuple[Eqn, list[BatchType]]:
     """The equation with its bodies inferred, and its outputs' types. `nested` infers a body."""
-    return _RULES[eqn.name](eqn, [t.plain if isinstance(t, Batched) else t for t in types], nested)
+    types = [t.plain if isinstance(t, Batched) else t for t in types]
+    try:
+        return _RULES[eqn.name](eqn, types, nested)
+    except (NeedsComplete, NestedFailures) as failure:
+        partial = tuple(i for i, t in enumerate(types) if isinstance(t, Partial))
+        if partial and (isinstance(failure, NeedsComplete) or failure.incomplete):
+            raise Incomplete(partial) from None
+        raise
 
 
 def _scan(eqn: Eqn, types: Sequence[BatchType], nested: Nested) -> tuple[Eqn, list[BatchType]]:
     if isinstance(eqn.params["length"], Size):
-        raise Coupling("loops over the examples of the batch")
+        raise Coupling(_LOOPS, _VMAP)
     num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
     consts, xs = list(types[:num_consts]), [_shift(t, -1) for t in types[num_consts + num_carry :]]
     (body,) = eqn.bodies["jaxpr"]
@@ -35,7 +46,7 @@ def _shift(t: BatchType, by: int) -> BatchType:
     if not isinstance(t, Batched):
         return INVARIANT if isinstance(t, Invariant) else t
     if t.dim + by < 0:
-        raise Coupling("loops over the examples of the batch")
+        raise Coupling(_LOOPS, _VMAP)
     return t.moved(t.dim + by)
 
 
@@ -60,9 +71,11 @@ def _join(a: BatchType, b: BatchType) -> BatchType:
             return other
     if isinstance(a, Invariant) and isinstance(b, Invariant):
         return INVARIANT
-    if isinstance(a, Batched) and isinstance(b, Batched) and a.plain == b.plain:
-        return a.plain
-    raise Coupling(f"gives a value that is {a} in one case and {b} in another")
+    if isinstance(a, Batched) and isinstance(b, Batched) and a.dim == b.dim:
+        if (layout := a.joined(b)) is not None:
+            return layout
+    clause = f"gives a value that is {a} in one case and {b} in another"
+    raise (NeedsComplete if isinstance(a, Partial) or isinstance(b, Partial) else Coupling)(clause)
 
 
 def _while(eqn: Eqn, types: Sequence[BatchType], nested: Nested) -> tuple[Eqn, list[BatchType]]:
@@ -73,7 +86,8 @@ def _while(eqn: Eqn, types: Sequence[BatchType], nested: Nested) -> tuple[Eqn, l
     body, _, carry = _fixed_point(body, carry, lambda c: [*body_consts, *c], nested)
     cond, (test,) = nested(cond, [*cond_consts, *carry])
     if not isinstance(test, Invariant):
-        raise Coupling("runs as many iterations as the examples together ask for")
+        clause = "runs as many iterations as the examples together ask for"
+        raise NeedsComplete(clause, "Run a fixed number of iterations, and select what each example keeps.")
     return replace(eqn, bodies={"cond_jaxpr": (cond,), "body_jaxpr": (body,)}), carry
 
 

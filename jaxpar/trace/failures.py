@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxpar.trace.ir import Eqn
+from jaxpar.trace.types import Coupling
 
 _SHOWN = 6
 _ADVICE = "Compute it for each example on its own, or outside the pipelined step."
@@ -25,6 +26,32 @@ class Failure:
     incomplete: bool = False
     consequence: bool = False
     missing_rule: bool = False
+
+
+class NestedFailures(Coupling):
+    """Failures inside a loop or branch."""
+
+    def __init__(self, failures: Sequence[Failure]):
+        super().__init__(failures[0].clause, failures[0].advice)
+        self.failures = tuple(failures)
+        self.incomplete = any(f.incomplete for f in failures)
+
+
+def explain_late(backward: bool, place: str) -> tuple[str, str]:
+    """Clause and advice for an operation on examples with a value that is known only when all of the batch is done."""
+    if backward:
+        return (
+            f"the gradient of each example needs a value of the whole batch: the reduction at {place}, which is known "
+            "only when the forward pass of every micro-batch is done",
+            "Differentiate a sum or a mean over the examples (any weights that come from the batch alone are fine); "
+            "what isn't linear in it, like a logarithm of the mean, can be computed and returned beside it.",
+        )
+    return (
+        f"each example needs a statistic of the whole batch (the reduction at {place}), in the forward pass, as "
+        "BatchNorm does",
+        "Take statistics of single examples (LayerNorm, GroupNorm), or running averages kept in the state "
+        "(use_running_average=True).",
+    )
 
 
 def explain_failures(failures: Sequence[Failure]) -> str:

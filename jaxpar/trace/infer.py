@@ -5,11 +5,16 @@
 body' is the program with `complete` inserted where a partial reduction meets an operation that is not linear in it (that
 is where gradient accumulation ends), `global_positions` where an iota along the batch is used as data, and each equation
 that makes examples' values out of invariant ones marked with the form in which a micro-batch gets its own rows of them.
+
+What holds of every typed equation:
+    its outputs grow with the batch exactly as their types say (rules/sizes.py)
+    none but the late ones depends on a value that is known only when all micro-batches are done, and no late one is
+    `Batched` or `Partial`
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +23,25 @@ import numpy as np
 from jaxpar import _jax
 from jaxpar.errors import TraceError
 from jaxpar.trace import control
-from jaxpar.trace.ir import Atom, Body, Eqn, Literal, Size, Var, complete_p, global_positions_p, rows_p
-from jaxpar.trace.rules import find_rule, keeps_positions
-from jaxpar.trace.types import INVARIANT, Batched, BatchType, Coupling, Incomplete, Invariant, Partial, UsesPositions
+from jaxpar.trace.created import constant_rows, constant_type, created_form, type_created
+from jaxpar.trace.failures import Failure, NestedFailures, explain_failures, explain_late, place_of
+from jaxpar.trace.ir import Atom, Body, Eqn, Literal, Var, complete_p, global_positions_p, has_size
+from jaxpar.trace.rules import check_outputs, check_params, find_rule, is_builtin, keeps_positions, refused
+from jaxpar.trace.types import (
+    INVARIANT,
+    Batched,
+    BatchType,
+    Coupling,
+    Incomplete,
+    Invariant,
+    NeedsComplete,
+    Partial,
+    UsesPositions,
+)
 
-_KEEPS_ZERO = {"broadcast_in_dim", "reshape", "convert_element_type", "transpose", "squeeze", "expand_dims", "copy", "neg"}
+_KEEPS_ZERO = {"broadcast_in_dim", "reshape", "convert_element_type", "transpose", "squeeze", "copy", "neg"}
+
+_Inferred = tuple[Eqn, Sequence[BatchType]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +54,7 @@ class Typed:
 
 
 def infer_types(body: Body, input_types: Sequence[BatchType], state: Sequence[bool]) -> Typed:
-    """Types of a whole step. `state[i]`: input i is state that one stage owns, unknown before the pipeline starts.
+    """Types of a whole step. `state[i]`: input i is part of the training state.
 
     Raises: TraceError with every operation that couples examples, or has no rule.
     """
@@ -43,7 +62,7 @@ def infer_types(body: Body, input_types: Sequence[BatchType], state: Sequence[bo
     walk.stateful = {v for v, is_state in zip(body.inputs, state, strict=True) if is_state}
     inferred, _ = walk.run(body, input_types)
     if walk.failures:
-        raise TraceError("\n\n".join(dict.fromkeys(walk.failures)))
+        raise TraceError(explain_failures(walk.failures))
     return Typed(inferred, walk.types, frozenset(walk.late))
 
 
@@ -53,10 +72,11 @@ class _Walk:
     def __init__(self, top: bool):
         self.top = top
         self.types: dict[Var, BatchType] = {}
-        self.late: dict[Var, Eqn] = {}
+        self.late: dict[Var, Eqn] = {}  # late value -> the reduction over the batch that it waits for
         self.stateful: set[Var] = set()
-        self.failures: list[str] = []
+        self.failures: list[Failure] = []
         self._eqns: list[Eqn] = []
+        self._made: dict[Var, Eqn] = {}
         self._renamed: dict[tuple[str, Var], Var] = {}
         self._poisoned: set[Var] = set()
 
@@ -85,50 +105,69 @@ class _Walk:
     def _visit(self, eqn: Eqn) -> None:
         try:
             self._infer(eqn)
-        except Coupling as coupling:
-            self._fail(eqn, f"{eqn.name} {coupling}")
-        except _NoRule:
+        except NestedFailures as nested:
             self._poisoned.update(eqn.outputs)
-            self.failures.append(
-                f"{_at(eqn)}: there is no batch rule for the primitive '{eqn.name}', so jaxpar can't know whether it "
-                "keeps examples apart. Say so with jaxpar.register_batch_rule."
-            )
+            self.failures.extend(nested.failures)
+        except Coupling as coupling:
+            consequence = not eqn.reads  # an array of the batch's size, for what comes next
+            incomplete = isinstance(coupling, NeedsComplete)
+            self._fail(Failure(eqn, str(coupling), coupling.advice, incomplete, consequence), eqn.outputs)
+        except _NoRule:
+            advice = "Say that it keeps them apart, and where the batch goes, with jaxpar.register_batch_rule."
+            clause = f"has no batch rule: jaxpar knows nothing of the primitive '{eqn.name}'"
+            self._fail(Failure(eqn, clause, advice, missing_rule=True), eqn.outputs)
+
+    def _fail(self, failure: Failure, outputs: Sequence[Var]) -> None:
+        self._poisoned.update(outputs)
+        self.failures.append(failure)
 
     def _infer(self, eqn: Eqn) -> None:
+        if eqn.name in refused.ALWAYS:
+            raise Coupling(*refused.ALWAYS[eqn.name])
         types = [self.type_of(atom) for atom in eqn.inputs]
         if control.is_control_flow(eqn):
-            inferred = self._attempt(eqn, types, lambda e, t: control.infer_control_flow(e, t, self._nested))
+            inferred = self._attempt(eqn, types, lambda: control.infer_control_flow(eqn, types, self._nested))
         elif all(isinstance(t, Invariant) for t in types):
-            inferred = self._invariant_or_created(eqn, types)
+            inferred = self._from_invariants(eqn, types)
         else:
-            rule = find_rule(eqn.name)
-            if rule is None:
-                raise _NoRule
-            inferred = self._attempt(eqn, types, lambda e, t: (e, rule(e, t)))
-        if inferred is None:  # inputs were rewritten: again
+            inferred = self._attempt(eqn, types, lambda: self._apply_rule(eqn, types))
+        if inferred is None:  # inputs were rewritten, and the result visited
             return
         eqn, out_types = inferred
-        self._check_late(eqn, types, out_types)
+        check_outputs(eqn, out_types)
+        if self._wait_for_late(eqn, types, out_types):
+            return
         self._emit(eqn, out_types)
 
-    def _attempt(self, eqn: Eqn, types: list[BatchType], rule: Any) -> tuple[Eqn, Sequence[BatchType]] | None:
-        """Apply the rule; where it needs an input complete, or positions as data, insert that and visit again."""
-        if not keeps_positions(eqn.name):
-            if self._rewrite(eqn, _positions(types), self._globalise):
-                return None
+    def _apply_rule(self, eqn: Eqn, types: list[BatchType]) -> _Inferred:
+        rule = find_rule(eqn.name)
+        if rule is None and not any(isinstance(t, Batched) for t in types):
+            raise Incomplete(tuple(i for i, t in enumerate(types) if isinstance(t, Partial)))
+        if rule is None:
+            raise _NoRule
+        out_types = rule(eqn, types)
+        if any(isinstance(t, Batched) for t in (*types, *out_types)):
+            if is_builtin(eqn.name):
+                check_params(eqn, types)
+        elif has_size(eqn.params):  # shares nothing with the examples: the whole batch's parameters
+            eqn = replace(eqn, form="whole")
+        return eqn, out_types
+
+    def _attempt(self, eqn: Eqn, types: list[BatchType], infer: Callable[[], _Inferred]) -> _Inferred | None:
+        """`infer`; where it needs an input complete, or positions as data, insert that and visit again."""
+        if not keeps_positions(eqn.name) and self._rewrite(eqn, _positions(types), self._globalise):
+            return None
         try:
-            return rule(eqn, types)
+            return infer()
         except UsesPositions:
             self._rewrite(eqn, _positions(types), self._globalise)
         except Incomplete as incomplete:
             if not self.top:
-                raise Coupling(
-                    "needs a sum over the whole batch to be complete inside a loop or branch"
-                ) from None
+                raise NeedsComplete("needs a sum over the whole batch to be complete inside a loop or branch") from None
             self._rewrite(eqn, incomplete.indices, self._complete)
         return None
 
-    def _rewrite(self, eqn: Eqn, indices: Sequence[int], change: Any) -> bool:
+    def _rewrite(self, eqn: Eqn, indices: Sequence[int], change: Callable[[Atom, Eqn], Var]) -> bool:
         if not indices:
             return False
         inputs = list(eqn.inputs)
@@ -143,6 +182,7 @@ class _Walk:
         stateful = not self.stateful.isdisjoint(eqn.reads)
         for var, t in zip(eqn.outputs, out_types, strict=True):
             self.types[var] = t
+            self._made[var] = eqn
             if late is not None:
                 self.late[var] = late
             if stateful:
@@ -150,30 +190,25 @@ class _Walk:
 
     # -- values made of invariant ones -----------------------------------------------------------------------------
 
-    def _invariant_or_created(self, eqn: Eqn, types: list[BatchType]) -> tuple[Eqn, list[BatchType]]:
+    def _from_invariants(self, eqn: Eqn, types: list[BatchType]) -> _Inferred:
         if not any(v.batch_dims for v in eqn.outputs):
-            zero = eqn.name in _KEEPS_ZERO and all(t.zero for t in types)  # type: ignore[union-attr]
-            return eqn, [Invariant(zero=zero)] * len(eqn.outputs)
-        out_types = [_created_type(v) for v in eqn.outputs]
-        first = out_types[0]
-        if eqn.name == "iota" and isinstance(first, Batched) and eqn.params["dimension"] == first.dim:
-            if eqn.outputs[0].shape[first.dim] == Size(1):
-                return eqn, [Batched(first.dim, positions="all")]
-            return replace(eqn, form="whole"), out_types
-        if eqn.name in ("broadcast_in_dim", "iota"):
-
-            return eqn, out_types
-        rows = eqn.name == "random_bits" and not eqn.inputs[0].shape and _jax.draws_rows(eqn.inputs[0].dtype)
-        return replace(eqn, form="rows" if rows else "whole"), out_types
+            zero = eqn.name in _KEEPS_ZERO and all(getattr(t, "zero", False) for t in types)
+            form = "whole" if has_size(eqn.params) else "local"
+            return replace(eqn, form=form), [Invariant(zero=zero)] * len(eqn.outputs)
+        return replace(eqn, form=created_form(eqn)), [type_created(eqn, v) for v in eqn.outputs]
 
     def _type_constant(self, var: Var, value: Any) -> Var:
         """A captured constant; one that grows with the batch holds the whole batch's rows."""
         if not var.batch_dims:
-            self.types[var] = Invariant(zero=False)
+            self.types[var] = constant_type(var, value)
             return var
         whole = Var(tuple(np.shape(value)), var.dtype, var.name)
         self.types[whole] = INVARIANT
-        self._emit(Eqn(rows_p, (whole,), (var,), {}, form="whole"), [_created_type(var)])
+        eqn = constant_rows(whole, var, value)
+        try:
+            self._emit(eqn, [constant_type(var, value)])
+        except Coupling as coupling:
+            self._fail(Failure(eqn, str(coupling), coupling.advice, consequence=True), [var])
         return whole
 
     # -- completing ------------------------------------------------------------------------------------------------
@@ -182,7 +217,10 @@ class _Walk:
         assert isinstance(atom, Var)
         if ("complete", atom) not in self._renamed:
             out = self._renamed["complete", atom] = Var(atom.shape, atom.dtype, atom.name)
-            complete = Eqn(complete_p, (atom,), (out,), {"op": self.types[atom].op}, path=eqn.path, sources=eqn.sources)
+            partial = self.types[atom]
+            assert isinstance(partial, Partial)
+            sources = (*self._made[atom].sources, *eqn.sources) if atom in self._made else eqn.sources
+            complete = Eqn(complete_p, (atom,), (out,), {"op": partial.op}, path=eqn.path, sources=sources)
             self._eqns.append(complete)
             self.types[out] = INVARIANT
             if atom in self.stateful or atom in self.late:
@@ -194,7 +232,7 @@ class _Walk:
         t = self.types[atom]
         assert isinstance(t, Batched)
         if t.positions != "all":
-            raise Coupling("uses the examples' positions, joined with other data, as data")
+            raise Coupling("uses the examples' positions in the batch, joined with other data, as data")
         if ("global", atom) not in self._renamed:
             out = self._renamed["global", atom] = Var(atom.shape, atom.dtype, atom.name)
             self._emit(Eqn(global_positions_p, (atom,), (out,), {}, path=eqn.path, sources=eqn.sources), [t.plain])
@@ -205,66 +243,36 @@ class _Walk:
         if isinstance(atom, Literal) or atom in self._poisoned:
             return atom
         t = self.types[atom]
-        dummy = Eqn(complete_p, (), (), {})
+        end = Eqn(complete_p, (), (), {}, sources=self._made[atom].sources if atom in self._made else ())
         if self.top and isinstance(t, Partial):
-            return self._complete(atom, dummy)
-        if isinstance(t, Batched) and t.positions == "all":
-            return self._globalise(atom, dummy)
+            return self._complete(atom, end)
+        if isinstance(t, Batched) and t.holds_positions:
+            try:
+                return self._globalise(atom, end)
+            except Coupling as coupling:
+                self._fail(Failure(end, str(coupling)), [atom])
         return atom
 
-    def _check_late(self, eqn: Eqn, types: Sequence[BatchType], out_types: Sequence[BatchType]) -> None:
-        late = [self.late[v] for v in eqn.reads if v in self.late]
-        batched = any(isinstance(t, Batched) for t in (*types, *out_types))
-        if late and batched and eqn.name != "complete":
-            moment = "in the backward pass" if eqn.backward else "in the forward pass"
-            raise Coupling(
-                f"combines single examples, {moment}, with a value that is known only when all of the batch has been "
-                f"computed (the reduction over the batch that is complete at {_at(late[0])})"
-            )
+    def _wait_for_late(self, eqn: Eqn, types: Sequence[BatchType], out_types: Sequence[BatchType]) -> bool:
+        """Whether partial inputs had to be completed, because the equation can only run when all of the batch is done."""
+        late = next((self.late[v] for v in eqn.reads if v in self.late), None)
+        if late is None:
+            return False
+        if any(isinstance(t, Batched) for t in (*types, *out_types)):
+            raise Coupling(*explain_late(eqn.backward, place_of(late)))
+        return self._rewrite(eqn, [i for i, t in enumerate(types) if isinstance(t, Partial)], self._complete)
 
     def _nested(self, body: Body, types: Sequence[BatchType]) -> tuple[Body, list[BatchType]]:
         walk = _Walk(top=False)
         result = walk.run(body, types)
         if walk.failures:
-            raise _Nested(walk.failures)
+            raise NestedFailures(walk.failures)
         return result
-
-    def _fail(self, eqn: Eqn, clause: str) -> None:
-        self._poisoned.update(eqn.outputs)
-        self.failures.append(
-            f"{_at(eqn)}: examples of the batch are coupled: {clause}. Micro-batches can't reproduce that exactly. "
-            "Ways out: compute it per example; take a statistic that doesn't mix examples (LayerNorm or GroupNorm "
-            "instead of BatchNorm over the batch); or move the operation out of the pipelined step."
-        )
 
 
 class _NoRule(Exception):
     pass
 
 
-class _Nested(Coupling):
-    """Failures inside a loop or branch."""
-
-    def __init__(self, failures: list[str]):
-        super().__init__("; in its body: " + " ".join(failures))
-
-
 def _positions(types: Sequence[BatchType]) -> list[int]:
     return [i for i, t in enumerate(types) if isinstance(t, Batched) and t.holds_positions]
-
-
-def _created_type(var: Var) -> BatchType:
-    dims = var.batch_dims
-    if not dims:
-        return INVARIANT
-    size = var.shape[dims[0]]
-    assert isinstance(size, Size)
-    if len(dims) > 1:
-        raise Coupling("makes an array with two batch dimensions (batch × batch)")
-    if size.extra:
-        raise Coupling(f"makes {size} rows for n examples")
-    return Batched(dims[0], 1, size.per_example)
-
-
-def _at(eqn: Eqn) -> str:
-    return eqn.where or "unknown line"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal as OneOf
@@ -104,19 +104,20 @@ class Program:
 
 
 def make_program(
-    trace: Callable[[int], Any], names: Sequence[str], roles: Sequence[Role], num_examples: int, microbatch: int
+    whole: Any, small: Any, sizes: tuple[int, int], names: Sequence[str], roles: Sequence[Role]
 ) -> Program:
-    """Trace the step at two sizes and type it.
+    """Pair and type a step's two traces.
 
     Args:
-        trace: number of examples -> closed jaxpr of the step, whose inputs are the flat arguments.
+        whole, small: closed jaxprs of the step, whose inputs are the flat arguments.
+        sizes: the numbers of examples that they were traced with; the first is the whole batch's.
         names: the user's name of each input.
         roles: what each input is.
-        num_examples: B, of the whole batch.
-        microbatch: b, of one micro-batch on one replica.
+
+    Raises: TraceError where the traces differ in more than sizes, or examples are coupled.
     """
-    sizes = (num_examples, trace_size(num_examples, microbatch))
-    body = pair_jaxprs(trace(sizes[0]), trace(sizes[1]), sizes, names)
+    num_examples = sizes[0]
+    body = pair_jaxprs(whole, small, sizes, names)
     types: list[BatchType] = []
     for var, role in zip(body.inputs, roles, strict=True):
         types.append(Batched(0) if role == "batch" and var.batch_dims else INVARIANT)

@@ -84,6 +84,10 @@ class Coupling(Exception):
         self.advice = advice
 
 
+class NeedsComplete(Coupling):
+    """A coupling in a loop or branch that there wouldn't be if its partial inputs were complete."""
+
+
 class Incomplete(Exception):
     """The inputs at `indices` are partial reductions that must be complete before this operation."""
 
