@@ -101,12 +101,13 @@ def measure_state(config: gpt.Config) -> None:
     print(f"\n## State: {config}, {STAGES} stages, MiB")
     state, batch = gpt.init_state(config), gpt.make_batch(config)
     step = pipelined_step(16)
+    plan = step.plan(state, batch)  # from now on the step knows where each leaf belongs
     per_rank = dict.fromkeys(jax.devices()[:STAGES], 0)
     for leaf in jax.tree.leaves(step.place(state)):
         for shard in leaf.addressable_shards:
             per_rank[shard.device] += shard.data.nbytes
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
-    largest = max(s.state_bytes for s in step.plan(state, batch).summaries)
+    largest = max(s.state_bytes for s in plan.summaries)
     print("per rank: " + " ".join(f"{size / MIB:.1f}" for size in per_rank.values()))
     print(f"largest stage: {largest / MIB:.1f}; ratio {max(per_rank.values()) / largest:.2f}; whole: {whole / MIB:.1f}")
 

@@ -155,3 +155,11 @@ def key_impl(dtype: Any) -> str:
         if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == dtype:
             return impl
     raise ValueError(f"unknown PRNG implementation {dtype}")
+
+
+def copies_rings(platform: str) -> bool:
+    """Whether the compiler copies a whole buffer that one branch of a conditional reads and another one writes.
+
+    XLA:CPU of jaxlib 0.10 does; later ones don't, nor do XLA:GPU and XLA:TPU.
+    """
+    return platform == "cpu" and tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpar import _jax
 from jaxpar.arguments import Arguments, NewState, OutputTree, Signature, match_state_outputs, read_arguments
 from jaxpar.errors import JaxparError, LowerError, PlanError, TraceError
 from jaxpar.lower import (
@@ -405,7 +406,8 @@ class PipelinedStep:
         timetable = make_timetable(options.schedule, plan.graph.dag(axes.num_ranks), options.num_microbatches, **options.schedule_options)
         if layouts is None:
             layouts = self._lay_out(arguments, plan, specs)
-        machine = build_machine(program, plan.graph, timetable, axes, microbatch, layouts, outputs.state_outputs)
+        staged = _jax.copies_rings(self._mesh.devices.flat[0].platform)
+        machine = build_machine(program, plan.graph, timetable, axes, microbatch, layouts, outputs.state_outputs, staged)
         jitted = _jit(build_step(machine, self._mesh), outputs.updated, options.donate)
         self._layouts = layouts
         return Built(arguments, program, plan, timetable, machine, layouts, outputs, jitted)

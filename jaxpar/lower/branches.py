@@ -35,7 +35,7 @@ COMBINE = {
     "or": jnp.bitwise_or,
 }
 
-BRANCH, MICROBATCH, FIRST_COLUMN = 0, 1, 2  # columns of the table of registers
+BRANCH, STORE, MICROBATCH, FIRST_COLUMN = 0, 1, 2, 3  # columns of the table of registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +126,11 @@ def make_branch(graph: StageGraph, node: Node, rank: int, storage: Storage) -> B
     )
 
 
+def store_layout(branch: Branch) -> tuple[tuple[int, RingPlace], ...]:
+    """Where a branch's residuals go: (first column, place) of each."""
+    return tuple((column, place) for _, column, place in branch.ring_writes)
+
+
 def register_values(branch: Branch, microbatch: int, residuals: Residuals, mail: Mail) -> list[int]:
     """The columns after the first two, for one micro-batch."""
     values: list[int] = []
@@ -168,8 +173,12 @@ def run_branch(
         env[v] = _jax.wrap_key(_read_mail(carry["mail"][box], registers[column], place), v.dtype)
     evaluate(branch.eqns, env, rows)
     for v, column, place in branch.ring_writes:
-        ring = carry["rings"][place.ring]
-        carry["rings"][place.ring] = _write_ring(ring, registers[column + place.column], place, _jax.unwrap_key(env[v]))
+        value = _jax.unwrap_key(env[v])
+        if "staging" in carry:
+            _stage(carry["staging"], place, value)
+        else:
+            ring = carry["rings"][place.ring]
+            carry["rings"][place.ring] = _write_ring(ring, registers[column + place.column], place, value)
     for box, values in branch.sends:
         packing = mail.boxes[box].packing
         carry["sent"][box] = fill_buffers(packing, [p for _, p in values], [_jax.unwrap_key(env[v]) for v, _ in values])
@@ -198,6 +207,27 @@ def _write_ring(ring: Any, base: Any, place: RingPlace, value: Any) -> Any:
     if place.flat:
         return lax.dynamic_update_slice_in_dim(ring, jnp.ravel(value), base + place.index, 0)
     return lax.dynamic_update_index_in_dim(ring, value, base + place.index, 0)
+
+
+def _stage(staging: list[Any], place: RingPlace, value: Any) -> None:
+    """Put a residual where `store_residuals` finds it."""
+    if place.flat:
+        staging[place.ring] = lax.dynamic_update_slice(staging[place.ring], jnp.ravel(value), (place.index,))
+    else:
+        staging[place.ring] = [*staging[place.ring][: place.index], value, *staging[place.ring][place.index + 1 :]]
+
+
+def store_residuals(places: Sequence[tuple[int, RingPlace]], registers: Any, rings: list[Any], staging: list[Any]) -> list[Any]:
+    """Copy one action's staged residuals to their rows of the rings."""
+    rings = list(rings)
+    for column, place in places:
+        if place.flat:
+            size = int(np.prod(place.shape, dtype=np.int64))
+            value = lax.slice(staging[place.ring], (place.index,), (place.index + size,))
+        else:
+            value = staging[place.ring][place.index]
+        rings[place.ring] = _write_ring(rings[place.ring], registers[column + place.column], place, value)
+    return rings
 
 
 def _read_mail(box: Sequence[Any], row: Any, place: Place) -> Any:

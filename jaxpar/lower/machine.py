@@ -9,22 +9,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpar.lower.branches import BRANCH, FIRST_COLUMN, MICROBATCH, Branch, Carry, Storage, make_branch, register_values, run_branch
+from jaxpar.lower.branches import (
+    BRANCH,
+    FIRST_COLUMN,
+    MICROBATCH,
+    STORE,
+    Branch,
+    Carry,
+    Storage,
+    make_branch,
+    register_values,
+    run_branch,
+    store_layout,
+    store_residuals,
+)
 from jaxpar.lower.channels import Routing, colour_channels
 from jaxpar.lower.evaluate import Env, Rows, evaluate
 from jaxpar.lower.invariants import expand_invariants
 from jaxpar.lower.layout import StateLayout
 from jaxpar.lower.packing import Item, Packing, Place, pack_items
 from jaxpar.lower.rounds import Group, Rounds, Source, build_rounds, is_small, place_equations, run_rounds
-from jaxpar.lower.slots import Mail, Residuals, allocate_mailboxes, allocate_residuals, item_of
+from jaxpar.lower.slots import Mail, Residuals, RingPlace, allocate_mailboxes, allocate_residuals, item_of
 from jaxpar.plan import StageGraph
 from jaxpar.schedule import Timetable
 from jaxpar.trace import Atom, Eqn, Program, Var
@@ -71,6 +86,7 @@ class Machine:
     residuals: Residuals
     mail: Mail
     branches: tuple[Branch, ...]
+    stores: tuple[tuple[tuple[int, RingPlace], ...], ...]  # distinct places of an action's residuals, if staged
     registers: np.ndarray  # [ticks, ranks, columns]
     arrivals: np.ndarray  # [ticks, ranks, mailboxes]
     totals: Packing
@@ -88,13 +104,14 @@ class Machine:
 
 def build_machine(
     program: Program, graph: StageGraph, timetable: Timetable, axes: Axes, microbatch: int,
-    layouts: Sequence[StateLayout], state_outputs: Mapping[int, int],
+    layouts: Sequence[StateLayout], state_outputs: Mapping[int, int], staged: bool,
 ) -> Machine:
     """Lower a plan.
 
     Args:
         layouts: of the state arguments; their leaves, in order, are the program's state inputs.
         state_outputs: number of the state input that an output is the new value of.
+        staged: let a second conditional copy residuals to the rings, for compilers that would copy whole rings otherwise.
     """
     rank_of = timetable.dag.rank_of
     routing = colour_channels(graph, rank_of)
@@ -110,11 +127,11 @@ def build_machine(
         {v: (place, tag) for (v, tag), place in _totals_places(graph, rank_of, totals).items()},
         {v: k for k, v in enumerate(_batched_outputs(program))},
     )
-    branches, registers = _build_branches(graph, timetable, storage)
+    branches, stores, registers = _build_branches(graph, timetable, storage)
     arrivals = np.stack([box.arrival for box in mail.boxes], -1) if mail.boxes else np.zeros((*registers.shape[:2], 0), np.int32)
     update, outputs = _build_update(program, graph, layouts, rank_of, totals, owned, shared, state_outputs, axes.num_ranks)
     return Machine(
-        program, graph, timetable, axes, microbatch, tuple(layouts), routing, residuals, mail, branches, registers, arrivals, totals,
+        program, graph, timetable, axes, microbatch, tuple(layouts), routing, residuals, mail, branches, stores if staged else (), registers, arrivals, totals,
         early, prelude, update, outputs, shared,
     )
 
@@ -226,13 +243,16 @@ def _build_prelude(
     return rounds, found
 
 
-def _build_branches(graph: StageGraph, timetable: Timetable, storage: Storage) -> tuple[tuple[Branch, ...], np.ndarray]:
-    """The distinct branches, and the table of registers. Branch 0 is idling."""
+def _build_branches(
+    graph: StageGraph, timetable: Timetable, storage: Storage
+) -> tuple[tuple[Branch, ...], tuple[tuple[tuple[int, RingPlace], ...], ...], np.ndarray]:
+    """The distinct branches, the distinct places of their residuals, and the table of registers. Number 0 is idling."""
     rank_of = timetable.dag.rank_of
     made = {node: make_branch(graph, node, rank_of[node[1]], storage) for node in graph.programs}
     number: dict[str, int] = {}
     branch_of = {node: number.setdefault(b.key, len(number)) for node, b in made.items()}
     kept = [next(made[n] for n in made if branch_of[n] == i) for i in range(len(number))]
+    stores = tuple(dict.fromkeys(layout for b in made.values() if (layout := store_layout(b))))
     width = FIRST_COLUMN + max(len(b.columns) for b in made.values())
     table = np.zeros((timetable.num_ticks, timetable.dag.num_ranks, width), np.int32)
     for tick, row in enumerate(timetable.grid):
@@ -242,9 +262,11 @@ def _build_branches(graph: StageGraph, timetable: Timetable, storage: Storage) -
             node = (action.kind, action.stage)
             values = register_values(made[node], action.microbatch, storage.residuals, storage.mail)
             table[tick, rank, BRANCH] = 1 + branch_of[node]
+            if layout := store_layout(made[node]):
+                table[tick, rank, STORE] = 1 + stores.index(layout)
             table[tick, rank, MICROBATCH] = action.microbatch
             table[tick, rank, FIRST_COLUMN : FIRST_COLUMN + len(values)] = values
-    return tuple(kept), table
+    return tuple(kept), stores, table
 
 
 def _build_update(
@@ -379,14 +401,23 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
 
     def act(row: Any, carry: Carry) -> Carry:
         rows = Rows(n, machine.program.num_examples, first + lax.convert_element_type(row[MICROBATCH] * n, jnp.int32), axes.manual)
-        branches = [lambda c: c]
-        branches += [lambda c, b=b: run_branch(b, row, c, stored, batch, mail, rows) for b in machine.branches]
+        fresh = partial(_fresh_staging, machine)  # made inside the branches: what they don't fill, they needn't pass on
+        branches = [lambda c: {**c, **fresh()}]
+        branches += [lambda c, b=b: run_branch(b, row, {**c, **fresh()}, stored, batch, mail, rows) for b in machine.branches]
         return lax.switch(lax.convert_element_type(row[BRANCH], jnp.int32), branches, carry)
+
+    def store(row: Any, rings: list[Any], staging: list[Any]) -> list[Any]:
+        for k, places in enumerate(machine.stores, 1):  # one conditional each: with two writers in one, rings are copied again
+            write = partial(store_residuals, places, row)
+            rings = lax.cond(row[STORE] == k, write, lambda rings, _: rings, rings, staging)
+        return rings
 
     def tick(carry: Carry, xs: tuple[Any, Any]) -> tuple[Carry, None]:
         row, slots = xs
         early = exchange(carry["sent"]) if machine.timetable.exchange == 2 else None
         carry = act(row, carry)
+        if machine.stores:
+            carry["rings"] = store(row, carry["rings"], carry.pop("staging"))
         received = early if early is not None else exchange(carry["sent"])
         carry["mail"] = [
             [lax.dynamic_update_index_in_dim(box, x, slots[k], 0) for box, x in zip(boxes, payload, strict=True)]
@@ -412,6 +443,21 @@ def _initial_carry(machine: Machine) -> Carry:
         "sent": [[jnp.zeros(i.shape, i.dtype) for i in box.packing.buffers] for box in boxes],
         "outputs": outputs,
     }
+
+
+def _fresh_staging(machine: Machine) -> Carry:
+    """For each ring, room for one micro-batch's residuals: values for a ring of rows, elements for a flat one."""
+    if not machine.stores:
+        return {}
+    places = [place for layout in machine.stores for _, place in layout]
+    staging: list[Any] = []
+    for k, ring in enumerate(machine.residuals.rings):
+        mine = [p for p in places if p.ring == k]
+        if mine and mine[0].flat:
+            staging.append(jnp.zeros(max(p.index + math.prod(p.shape) for p in mine), ring.dtype))
+        else:
+            staging.append([jnp.zeros(ring.shape[1:], ring.dtype)] * max((p.index + 1 for p in mine), default=0))
+    return {"staging": staging}
 
 
 def _identity(item: Item) -> Any:

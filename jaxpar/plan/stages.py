@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from jaxpar.plan.flow import CHEAP, Flow
+from jaxpar.plan.flow import Flow
+from jaxpar.plan.residuals import RECOMPUTED, choose_residuals
 from jaxpar.schedule import StageDag
 from jaxpar.trace import Eqn, Program, Var
 
@@ -116,16 +117,12 @@ class _Routing:
         self.order = {eqn: i for i, eqn in enumerate(self.program.eqns)}
         self.exports: dict[Node, set[Var]] = defaultdict(set)
         self.held: dict[tuple[Var, Node, int], set[Node]] = defaultdict(set)  # (value, source, stage) -> readers
-        self.received: dict[int, set[Var]] = defaultdict(set)  # values that reach a stage's forward from others
         self.partials = self._accumulate_partials()
         self.outputs = self._place_outputs()
 
     def run(self) -> StageGraph:
         nodes = [("B", s) for s in range(self.num_stages)] if self.flow.backward else []
         nodes += [("F", s) for s in reversed(range(self.num_stages))]
-        for eqn, (kind, stage) in self.place.items():
-            if kind == "F":
-                self.received[stage].update(v for v in eqn.reads if self._source(v) not in (None, ("F", stage)))
         members: dict[Node, list[Eqn]] = defaultdict(list)
         for eqn, node in self.place.items():
             members[node].append(eqn)
@@ -174,20 +171,25 @@ class _Routing:
         return eqns, reads
 
     def _recompute_cheap(self, stage: int, eqns: set[Eqn], reads: set[Var]) -> None:
-        """Repeat cheap forward equations in the backward where that stores fewer bytes than keeping their results."""
-        for v in sorted(reads, key=self._rank, reverse=True):
+        """Keep fewer bytes of the forward by repeating element-wise equations in the backward."""
+
+        def producer_of(v: Var) -> Eqn | None:
             producer = self.program.producer[v]
-            if producer.name not in CHEAP or self.place.get(producer, ("", 0))[0] != "F" or producer.form != "local":
-                continue
-            extra = {u for u in producer.reads if self._source(u) is not None} - reads
-            near = all(self._source(u) == ("F", stage) or u in self.received[stage] for u in extra)
-            if near and sum(u.bytes_at(self.microbatch) for u in extra) < v.bytes_at(self.microbatch) + (not extra):
-                more, new_reads = self._needed({*producer.reads}, {producer})
-                eqns.update({producer, *more})
-                reads.discard(v)
-                reads.update(new_reads)
-        recomputed = {v for eqn in eqns for v in eqn.outputs}
-        reads -= recomputed
+            here = self.place.get(producer) == ("F", stage) and producer.form == "local" and not producer.bodies
+            return producer if here and producer.name in RECOMPUTED else None
+
+        def is_stored_value(v: Var) -> bool:
+            return self._source(v) is not None
+
+        wanted = sorted((v for v in reads if self._source(v) == ("F", stage)), key=self._rank)
+        if not wanted:
+            return
+        kept, repeated = choose_residuals(wanted, producer_of, is_stored_value, lambda v: v.bytes_at(self.microbatch))
+        reads.difference_update(wanted)
+        reads.update(kept)
+        for eqn in repeated:
+            more, _ = self._needed({*eqn.outputs}, {eqn})
+            eqns.update(more)
 
     def _request(self, v: Var, node: Node) -> None:
         """Let `v` reach `node`: as a residual, on a forward edge, or with the backward of the stage that made it."""

@@ -44,6 +44,7 @@ class _Context:
 class _Pairing:
     def __init__(self, sizes: tuple[int, int]):
         self.sizes = sizes
+        self._at: tuple[Any, ...] = ()  # the equation under way and the calls around it
 
     # -- bodies ----------------------------------------------------------------------------------------------------
 
@@ -87,6 +88,7 @@ class _Pairing:
         if ctx.path and path[:1] == ctx.path[-1:]:
             path = path[1:]
         ctx = _Context(ctx.path + path, ctx.backward or backward, (ew, *ctx.callers))
+        self._at = ctx.callers
         inputs = tuple(self._read(env, w, s, consts, ew) for w, s in zip(ew.invars, es.invars, strict=True))
         call_w, call_s = _jax.inlined_call(ew), _jax.inlined_call(es)
         if call_w is not None and call_s is not None:
@@ -97,7 +99,7 @@ class _Pairing:
         if not self._keep_effects(ew):
             return
         params, bodies = self._pair_params(ew, es, ctx)
-        outputs = tuple(self._new_var(env, w, s) for w, s in zip(ew.outvars, es.outvars, strict=True))
+        outputs = tuple(self._new_var(env, w, s, eqn=ew) for w, s in zip(ew.outvars, es.outvars, strict=True))
         out.append(Eqn(ew.primitive, inputs, outputs, params, bodies, ctx.path, ctx.backward, ctx.callers))
 
     def _keep_effects(self, eqn: Any) -> bool:
@@ -145,8 +147,8 @@ class _Pairing:
 
     # -- values ----------------------------------------------------------------------------------------------------
 
-    def _new_var(self, env: dict, whole: Any, small: Any, name: str = "") -> Var:
-        shape = tuple(self._merge(w, s, None, None) for w, s in zip(whole.aval.shape, small.aval.shape, strict=True))
+    def _new_var(self, env: dict, whole: Any, small: Any, name: str = "", eqn: Any = None) -> Var:
+        shape = tuple(self._merge(w, s, eqn, None) for w, s in zip(whole.aval.shape, small.aval.shape, strict=True))
         env[whole] = var = Var(shape, whole.aval.dtype, name)
         return var
 
@@ -175,19 +177,25 @@ class _Pairing:
             return {k: self._merge(whole[k], small[k], ew, es, name) for k in whole}
         if callable(whole) or _jax.is_jaxpr(whole) or _same(whole, small):
             return whole
-        raise TraceError(self._differ(f"the parameter '{name}' of the operation", ew, es))
+        near = next(filter(None, map(_jax.user_frame, self._at)), "an unknown line")
+        raise TraceError(
+            f"{near}: {ew.primitive.name if ew is not None else 'the step'} can't be evaluated for another number of "
+            f"examples: jaxpar can't tell how its parameter '{name}' depends on that. Write the operation in jax.numpy, "
+            "or move it out of the pipelined step."
+        )
 
     def _size(self, whole: int, small: int, eqn: Any) -> Size:
         total, part = self.sizes
         if (whole - small) % (total - part):
-            what = f"a size ({whole} against {small}) that doesn't grow evenly with the number of examples"
+            what = f"a size ({whole} against {small}) that doesn't grow evenly, as for groups of several examples,"
             raise TraceError(self._differ(what, eqn, None))
         per_example = (whole - small) // (total - part)
         return Size(per_example, whole - per_example * total)
 
     def _differ(self, what: str, ew: Any, es: Any) -> str:
         whole, small = self.sizes
-        at = [f"{e.primitive.name} at {_jax.user_frame(e) or 'an unknown line'}" for e in (ew, es) if e is not None]
+        near = next(filter(None, map(_jax.user_frame, self._at)), "an unknown line")
+        at = [f"{e.primitive.name} at {_jax.user_frame(e) or near}" for e in (ew, es) if e is not None]
         detail = f": {' against '.join(at)}" if at else ""
         return (
             f"the step does something else with {whole} examples than with {small}: {what} differs{detail}. "

@@ -37,9 +37,15 @@ class NestedFailures(Coupling):
         self.incomplete = any(f.incomplete for f in failures)
 
 
-def explain_late(backward: bool, place: str) -> tuple[str, str]:
+def explain_late(eqn: Eqn, reduction: Eqn) -> tuple[str, str]:
     """Clause and advice for an operation on examples with a value that is known only when all of the batch is done."""
-    if backward:
+    place = place_of(reduction)
+    if eqn.name in ("cond", "while"):
+        return (
+            f"a value of the whole batch (the reduction at {place}) chooses what is computed for each example",
+            "Choose by each example's own values, with jnp.where, or by what is known before the step begins.",
+        )
+    if eqn.backward:
         return (
             f"the gradient of each example needs a value of the whole batch: the reduction at {place}, which is known "
             "only when the forward pass of every micro-batch is done",

@@ -14,7 +14,7 @@ What holds of every typed equation:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxpar import _jax
 from jaxpar.errors import TraceError
 from jaxpar.trace import control
 from jaxpar.trace.created import constant_rows, constant_type, created_form, type_created
-from jaxpar.trace.failures import Failure, NestedFailures, explain_failures, explain_late, place_of
+from jaxpar.trace.failures import Failure, NestedFailures, explain_failures, explain_late
 from jaxpar.trace.ir import Atom, Body, Eqn, Literal, Var, complete_p, global_positions_p, has_size
 from jaxpar.trace.rules import check_outputs, check_params, find_rule, is_builtin, keeps_positions, refused
 from jaxpar.trace.types import (
@@ -58,22 +58,32 @@ def infer_types(body: Body, input_types: Sequence[BatchType], state: Sequence[bo
 
     Raises: TraceError with every operation that couples examples, or has no rule.
     """
-    walk = _Walk(top=True)
-    walk.stateful = {v for v, is_state in zip(body.inputs, state, strict=True) if is_state}
+    stateful = {v for v, is_state in zip(body.inputs, state, strict=True) if is_state}
+    walk = _Walk(stateful)
     inferred, _ = walk.run(body, input_types)
     if walk.failures:
         raise TraceError(explain_failures(walk.failures))
-    return Typed(inferred, walk.types, frozenset(walk.late))
+    # What must be complete for one reader is so for all, that no sum is accumulated twice: g and 0.1 g, for Adam.
+    again = _Walk(stateful, walk.completed)
+    inferred, _ = again.run(body, input_types)
+    if again.failures:
+        raise TraceError(explain_failures(again.failures))
+    return Typed(inferred, again.types, frozenset(again.late))
 
 
 class _Walk:
-    """One pass over a body. Only the step's own body (`top`) may complete reductions."""
+    """One pass over a body. Only the step's own body (`top`) may complete reductions.
 
-    def __init__(self, top: bool):
+    stateful: its inputs that are part of the training state.
+    to_complete: partial values that other equations than those on examples read complete.
+    """
+
+    def __init__(self, stateful: set[Var], to_complete: Set[Var] = frozenset(), top: bool = True):
         self.top = top
+        self.stateful = set(stateful)
+        self._to_complete = to_complete
         self.types: dict[Var, BatchType] = {}
         self.late: dict[Var, Eqn] = {}  # late value -> the reduction over the batch that it waits for
-        self.stateful: set[Var] = set()
         self.failures: list[Failure] = []
         self._eqns: list[Eqn] = []
         self._made: dict[Var, Eqn] = {}
@@ -100,6 +110,10 @@ class _Walk:
             return Invariant(zero=not atom.normaliser and not _jax.is_key(atom.dtype) and not np.any(atom.value))
         return self.types[atom]
 
+    @property
+    def completed(self) -> frozenset[Var]:
+        return frozenset(v for kind, v in self._renamed if kind == "complete")
+
     # -- one equation ----------------------------------------------------------------------------------------------
 
     def _visit(self, eqn: Eqn) -> None:
@@ -125,6 +139,11 @@ class _Walk:
         if eqn.name in refused.ALWAYS:
             raise Coupling(*refused.ALWAYS[eqn.name])
         types = [self.type_of(atom) for atom in eqn.inputs]
+        if not any(isinstance(t, Batched) for t in types):
+            partial = [i for i, t in enumerate(types) if isinstance(t, Partial)]
+            ready = [i for i in partial if eqn.inputs[i] in self._to_complete]
+            if self._rewrite(eqn, ready, self._complete):
+                return
         if control.is_control_flow(eqn):
             inferred = self._attempt(eqn, types, lambda: control.infer_control_flow(eqn, types, self._nested))
         elif all(isinstance(t, Invariant) for t in types):
@@ -259,11 +278,11 @@ class _Walk:
         if late is None:
             return False
         if any(isinstance(t, Batched) for t in (*types, *out_types)):
-            raise Coupling(*explain_late(eqn.backward, place_of(late)))
+            raise Coupling(*explain_late(eqn, late))
         return self._rewrite(eqn, [i for i, t in enumerate(types) if isinstance(t, Partial)], self._complete)
 
     def _nested(self, body: Body, types: Sequence[BatchType]) -> tuple[Body, list[BatchType]]:
-        walk = _Walk(top=False)
+        walk = _Walk(set(), top=False)
         result = walk.run(body, types)
         if walk.failures:
             raise NestedFailures(walk.failures)

@@ -50,9 +50,6 @@ def test_binary(name, xy):
 
 LEGAL = {
     "scalars and rows": (lambda x, v: x * 2 + v, (X,), (V,), [Batched]),
-    "dims of size one": (lambda x, v: lax.add(x, jnp.broadcast_to(v, (1, 4)) * jnp.ones((1, 4))) if True else x,
-                         (X,), (V,), [Batched]) if jax.__version_info__ >= (0, 12) else (
-                         lambda x, v: x + v, (X,), (V,), [Batched]),
     "one column for each example": (lambda x: x * x[:, :1] + x.mean(1, keepdims=True), (X,), (), [Batched]),
     "clamp": (lambda x: lax.clamp(-0.5, x, x * 0 + 1), (X,), (), [Batched]),
     "integer_pow": (lambda x: x**3, (X,), (), [Batched]),

@@ -94,8 +94,10 @@ LEGAL = {
     # where sizes of the batch meet invariant values
     "invariant rows by batch size": (lambda x, w: w[x.shape[0] - 4:] + x.sum(), (X,), (RNG.normal(size=8),), None),
     "invariant row": (lambda x, w: w[x.shape[0] - 1] + x.sum(), (X,), (RNG.normal(size=8),), None),
-    "partial row": (lambda t: t.sum(0)[t.shape[0] - 3:], (T,), (), [Partial]),
-    "pad invariant": (lambda x, w: jnp.pad(w, (x.shape[0], 2 - x.shape[0])) + x.sum(), (X,), (RNG.normal(size=8),), None),
+    "partial row": (lambda t: t.sum(0)[t.shape[0] - 2: t.shape[0] - 1], (T,), (), [Partial]),
+    "pad invariant": (lambda x, w: lax.pad(w, 0.0, ((x.shape[0], 2 - x.shape[0], 0),)) + x.sum(),
+                      (X,), (RNG.normal(size=8),), None),
+    "rows of a table": (lambda x, w: x + w[: x.shape[0]], (X,), (RNG.normal(size=(8, 4)),), [Batched]),
 }  # fmt: skip
 
 
@@ -113,6 +115,14 @@ def groups_of_two(x):
     return x.reshape(2, -1, 4)
 
 
+def rows_of_several(t):
+    return t.reshape(5, -1, 4)
+
+
+def every_other_of_merged(x):
+    return x.reshape(-1)[::2]
+
+
 def every_other(x):
     return x[::2]
 
@@ -125,12 +135,12 @@ def first_half(x):
     return x.reshape(-1)[: 2 * x.shape[0]]
 
 
-def feature_as_wide_as_batch(x, w):
-    return x @ w[:, : x.shape[0]]
+def feature_as_wide_as_batch(x):
+    return x[:, None] + jnp.zeros((x.shape[0], x.shape[0], 4))
 
 
 def slice_other_by_batch_size(t):
-    return t[:, t.shape[0] - 6 : t.shape[0] - 4]
+    return t[:, t.shape[0] - 2 : t.shape[0]]
 
 
 def pad_rows(x):
@@ -167,18 +177,20 @@ def towers_of_two_orders(t):
 
 ILLEGAL = {
     "rev": (reverse, (X,), (), "reverses the order"),
-    "reshape": (groups_of_two, (X,), (), "reshapes the batch so that one row holds several examples"),
-    "strided": (every_other, (X,), (), "every k-th example"),
+    "reshape": (groups_of_two, (X,), (), "as for groups of several examples"),
+    "reshape to rows": (rows_of_several, (T,), (), "reshapes the batch so that one row holds several examples"),
+    "strided": (every_other, (X,), (), "as for groups of several examples"),
+    "strided in the merged": (every_other_of_merged, (X,), (), "every k-th example"),
     "first": (first, (X,), (), "particular examples"),
     "first half": (first_half, (X,), (), "particular examples"),
-    "wide": (feature_as_wide_as_batch, (X,), (RNG.normal(size=(4, 8)),), "two batch dimensions"),
+    "wide": (feature_as_wide_as_batch, (X,), (), "two batch dimensions"),
     "slice by size": (slice_other_by_batch_size, (RNG.normal(size=(6, 9)),), (), "depends on the number of examples"),
     "pad": (pad_rows, (X,), (), "particular examples"),
     "pad by size": (pad_other_by_batch_size, (X,), (), "depends on the number of examples"),
     "roll": (roll, (X,), (), "particular examples"),
     "class token": (class_token, (X,), (), "joins examples with other rows"),
     "merged in two orders": (merged_in_two_orders, (T,), (), "pairs examples with other examples"),
-    "tile": (tile_by_batch_size, (X,), (), "two batch dimensions"),
+    "tile": (tile_by_batch_size, (X,), (), "depends on the number of examples (reps)"),
     "towers of two orders": (towers_of_two_orders, (T,), (), "joins examples with other rows"),
 }
 

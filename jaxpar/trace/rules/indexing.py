@@ -54,9 +54,9 @@ def _fills_alike(eqn: Eqn, operand: Partial) -> bool:
     if eqn.params["mode"] != GatherScatterMode.FILL_OR_DROP or operand.op in ("max", "min", "and", "or"):
         return True
     fill = eqn.params["fill_value"]
-    if fill is None:
-        return bool(jnp.issubdtype(eqn.outputs[0].dtype, np.inexact))  # NaN
-    return bool(fill == 0)
+    if fill is None and jnp.issubdtype(eqn.outputs[0].dtype, np.inexact):
+        fill = np.nan
+    return fill is not None and bool(fill == 0 or fill != fill)  # NaN, added to NaN, is NaN
 
 
 @rules_for("gather", positions=True)

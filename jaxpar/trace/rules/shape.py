@@ -31,8 +31,10 @@ def _reshape(eqn: Eqn, types: Sequence[BatchType]) -> list[BatchType]:
         return [t]
     assert isinstance(t, Batched)
     before, after = eqn.inputs[0].shape, eqn.outputs[0].shape
+    if (order := eqn.params.get("dimensions")) is not None:  # transposed first
+        before, t = tuple(before[d] for d in order), moved_positions(t, order.index(t.dim), order.index)
     dims = [i for i, d in enumerate(after) if isinstance(d, Size)]
-    if len(dims) != 1 or eqn.params.get("dimensions") is not None:
+    if len(dims) != 1:
         raise Coupling("reshapes the batch into several dimensions")
     dim = dims[0]
     head, tail = math.prod(after[:dim]), math.prod(after[dim + 1 :])

@@ -1,0 +1,1 @@
+"""Tests that compile for hardware that is not there."""
