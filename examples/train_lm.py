@@ -211,8 +211,8 @@ def report_difference(
     """Prints two runs' losses, and the largest difference of a parameter relative to its norm."""
 
     def relative(path: Any, a: jax.Array, e: jax.Array) -> tuple[float, str]:
-        difference, size = np.linalg.norm(np.asarray(a) - np.asarray(e)), np.linalg.norm(e)
-        return float(difference / max(size, 1e-30)), jax.tree_util.keystr(path)
+        difference, size = float(np.linalg.norm(np.asarray(a) - np.asarray(e))), float(np.linalg.norm(np.asarray(e)))
+        return difference / max(size, 1e-30), jax.tree_util.keystr(path)
 
     print("\nstep  pipelined  undecorated  difference")
     for i, (loss, expected_loss) in enumerate(zip(losses, expected_losses, strict=True), start=1):

@@ -36,10 +36,14 @@ def is_jaxpr(value: Any) -> bool:
 
 
 class InlinedCall(NamedTuple):
-    """A call that can be spliced into its caller: `outputs = body(*(operands[i] for i in inputs))`."""
+    """A call that can be spliced into its caller: `outputs = body(*(operands[i] for i in inputs))`.
+
+    opaque: the body's equations know nothing of the user's code.
+    """
 
     body: Any
     inputs: Sequence[int]
+    opaque: bool = False
 
 
 def inlined_call(eqn: Any) -> InlinedCall | None:
@@ -50,10 +54,22 @@ def inlined_call(eqn: Any) -> InlinedCall | None:
         start = lengths.matvec + lengths.vecmat
         solve = operands[start : start + lengths.solve]
         return InlinedCall(eqn.params["jaxprs"].solve, (*solve, *operands[sum(lengths) :]))
+    if name == "call_hi_primitive":  # jax.experimental.hijax: `jnp.searchsorted` is one
+        return InlinedCall(_expand(eqn), operands, opaque=True)
     if name not in _CALLS and name not in _REMAT:
         return None
     bodies = [value for value in eqn.params.values() if is_jaxpr(value)]
     return InlinedCall(bodies[0], operands) if len(bodies) == 1 else None
+
+
+def _expand(eqn: Any) -> Any:
+    """The closed jaxpr of a primitive that says itself what it does in terms of others."""
+    primitive = eqn.params["_prim"]
+
+    def flat(*operands: Any) -> list[Any]:
+        return jax.tree.leaves(primitive.expand(*jax.tree.unflatten(primitive.in_tree, operands)))
+
+    return jax.make_jaxpr(flat)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars))
 
 
 def is_recomputation(eqn: Any) -> bool:
@@ -128,7 +144,7 @@ def is_key(dtype: Any) -> bool:
 def draws_rows(key_dtype: Any) -> bool:
     """Whether rows of a draw can be computed alone: partitionable threefry, JAX's default generator."""
     threefry = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")).dtype
-    return bool(key_dtype == threefry and jax.config.jax_threefry_partitionable)
+    return bool(key_dtype == threefry and getattr(jax.config, "jax_threefry_partitionable"))  # noqa: B009 (not in its stub)
 
 
 def unwrap_key(x: Any) -> Any:

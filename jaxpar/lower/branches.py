@@ -60,8 +60,10 @@ class Branch:
         writes = [v for v, *_ in self.ring_writes] + [v for _, values in self.sends for v, _ in values]
         writes += [v for v, *_ in self.partials] + [v for v, _ in self.outputs]
         text = fingerprint_eqns(reads, self.eqns, writes)
-        rest = [[g[1:] for g in group] for group in (self.invariants, self.batch, self.ring_reads, self.mail_reads)]
-        rest += [[g[1:] for g in group] for group in (self.ring_writes, self.partials, self.outputs)]
+        groups: tuple[tuple[tuple[Any, ...], ...], ...] = (
+            self.invariants, self.batch, self.ring_reads, self.mail_reads, self.ring_writes, self.partials, self.outputs
+        )  # fmt: skip
+        rest = [[entry[1:] for entry in group] for group in groups]
         return f"{text} {rest} {[(box, [p for _, p in values]) for box, values in self.sends]}"
 
 
@@ -169,8 +171,8 @@ def run_branch(
     for v, column, place in branch.ring_reads:
         raw, carry["rings"][place.ring] = _read_ring(carry["rings"][place.ring], registers[column + place.column], place)
         env[v] = _jax.wrap_key(raw, v.dtype)
-    for v, column, box, place in branch.mail_reads:
-        env[v] = _jax.wrap_key(_read_mail(carry["mail"][box], registers[column], place), v.dtype)
+    for v, column, box, slot in branch.mail_reads:
+        env[v] = _jax.wrap_key(_read_mail(carry["mail"][box], registers[column], slot), v.dtype)
     evaluate(branch.eqns, env, rows)
     for v, column, place in branch.ring_writes:
         value = _jax.unwrap_key(env[v])

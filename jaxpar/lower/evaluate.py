@@ -196,5 +196,3 @@ def _multiply_add(a: Any, b: int, c: Any) -> tuple[Any, Any]:
     high = a_high * b_high + (low_high >> 16) + (high_low >> 16) + (middle >> 16)
     total = low + c
     return high + (total < low).astype(np.uint32), total
-
-

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 
 from jaxpar import _jax
 from jaxpar.errors import LowerError
+from jaxpar.lower.axes import Axes
 from jaxpar.lower.evaluate import Rows
 from jaxpar.lower.layout import PlacedState, StateLayout
-from jaxpar.lower.machine import Axes
 from jaxpar.lower.rounds import Group, Source, build_rounds, run_rounds
 from jaxpar.trace.capture import pair_jaxprs
 

@@ -54,8 +54,8 @@ class StateLayout:
         return hash(self.token)
 
     def buffer_sharding(self, index: int) -> NamedSharding:
-        tag = self.packing.buffers[index].tag
-        return NamedSharding(self.mesh, PartitionSpec(self.stage_axis, *(tag or ())))
+        spec = self.packing.buffers[index].tag
+        return NamedSharding(self.mesh, PartitionSpec(self.stage_axis, *(spec if isinstance(spec, tuple) else ())))
 
     @property
     def shared(self) -> tuple[Leaf, ...]:
@@ -149,7 +149,7 @@ def place_leaves(layout: StateLayout, values: Sequence[Any]) -> PlacedState:
     buffers = []
     for i, (item, ranks) in enumerate(zip(layout.packing.buffers, held, strict=True)):
 
-        def shard(index: tuple[slice, ...], item: Item = item, ranks: dict = ranks) -> np.ndarray:
+        def shard(index: Any, item: Item = item, ranks: dict = ranks) -> np.ndarray:
             rank = index[0].start or 0
             assert num_ranks == 1 or (index[0].stop or num_ranks) - rank == 1
             return _host_buffer(item, ranks.get(rank, ()))[index[1:]][None]

@@ -76,7 +76,8 @@ def pack_items(ranks: Sequence[Sequence[Item]]) -> Packing:
     """A packing of each rank's items, in order: ranks with equal lists get equal places."""
     counts = [Counter(i for i in items) for items in ranks]
     slots = _choose_slots(counts)
-    slot_index, buffers = {}, []
+    slot_index: dict[tuple[Item, int], int] = {}
+    buffers: list[Item] = []
     for item, number in slots.items():
         for k in range(number):
             slot_index[item, k] = len(buffers)

@@ -59,7 +59,7 @@ class _Program:
 
     @property
     def key(self) -> str:
-        outputs = [v for _, v in self.small] + [v for v in self.sends if v is not None]
+        outputs: list[Atom] = [*(v for _, v in self.small)] + [v for v in self.sends if v is not None]
         outputs += [v for group in self.groups for _, v in group] + list(self.everywhere)
         text = fingerprint_eqns([v for v, _ in self.inputs], self.eqns, outputs)
         places = [[place for place, _ in group] for group in (self.small, *self.groups)]

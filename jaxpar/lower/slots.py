@@ -191,7 +191,10 @@ def allocate_mailboxes(graph: StageGraph, timetable: Timetable, routing: Routing
     for b in graph.bundles:
         if b.travels:
             parts[routing.channel_of[b], b.last_reader[0]].append(b)
-    boxes, box_of, edge_of, row = [], {}, {}, {}
+    boxes: list[Mailbox] = []
+    box_of: dict[Bundle, int] = {}
+    edge_of: dict[Bundle, int] = {}
+    row: dict[tuple[Bundle, int], int] = {}
     for (channel, _), bundles in sorted(parts.items(), key=lambda part: part[0]):
         packing = pack_items([[item_of(v, n) for v in b.values] for b in bundles])
         live: list[list[tuple[int, int, int]]] = [[] for _ in range(timetable.dag.num_ranks)]

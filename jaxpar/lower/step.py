@@ -11,8 +11,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxpar import _jax
 from jaxpar.lower.layout import PlacedState
-from jaxpar.lower.machine import Machine, run_machine
+from jaxpar.lower.machine import Machine
 from jaxpar.lower.packing import read_place
+from jaxpar.lower.run import run_machine
 from jaxpar.trace import Batched, Var
 
 P = PartitionSpec

@@ -48,8 +48,8 @@ def home_state(program: Program, graph: StageGraph, updated: Mapping[int, int]) 
     _place_unconnected(program, owned, stage, origin, graph.num_stages)
     order = {}
     for i in owned:
-        use = first_use.get(program.inputs[origin[i]], (0, len(program.eqns) + origin[i]))[1]
-        order[i] = (use, 0 if origin[i] == i else i - state[0] + 1)
+        position = first_use.get(program.inputs[origin[i]], (0, len(program.eqns) + origin[i]))[1]
+        order[i] = (position, 0 if origin[i] == i else i - state[0] + 1)
     return Homes(stage, order)
 
 
@@ -124,8 +124,9 @@ def _spread(
     while queue:
         v = queue.popleft()
         source = reached[v]
-        if (i := index.get(v)) is not None and i not in stage:
-            stage[i], origin[i] = stage[source], origin[source]
+        leaf = index.get(v)
+        if leaf is not None and leaf not in stage:
+            stage[leaf], origin[leaf] = stage[source], origin[source]
         for other in graph.get(v, ()):
             if other not in reached:
                 reached[other] = source
@@ -137,9 +138,9 @@ def _place_unconnected(
 ) -> None:
     """State that nothing connects to a stage goes where least is."""
     load = [0] * num_stages
-    for i, s in stage.items():
-        if s is not None:
-            load[s] += program.inputs[i].bytes_at(1)
+    for i, home in stage.items():
+        if home is not None:
+            load[home] += program.inputs[i].bytes_at(1)
     for i in owned:
         if i not in stage:
             lightest = min(range(num_stages), key=load.__getitem__)

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 
 from jaxpar.errors import PlanError
 from jaxpar.plan.costs import Roofline, count_flops, estimate_seconds
-from jaxpar.plan.cuts import ForwardOrder, balance_stages, cut_at_modules, depth_first_order, order_forward, program_order
-from jaxpar.plan.flow import analyse_flow
+from jaxpar.plan.cuts import (
+    ForwardOrder,
+    balance_stages,
+    cut_at_modules,
+    depth_first_order,
+    order_forward,
+    program_order,
+)
+from jaxpar.plan.flow import Flow, analyse_flow
 from jaxpar.plan.homes import Homes, home_state, state_read_by
 from jaxpar.plan.stages import StageGraph, StageProgram, route_values
 from jaxpar.schedule import StageCosts, StageDag

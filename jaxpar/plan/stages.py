@@ -253,18 +253,19 @@ class _Routing:
         return self.order[producer], producer.outputs.index(v)
 
     def _bundles(self) -> tuple[Bundle, ...]:
-        groups: dict[tuple[Node, int, tuple[Node, ...]], list[Var]] = defaultdict(list)
+        """Values of one source, held at one stage until the same last reader, make one bundle."""
+        groups: dict[tuple[Node, int, Node], tuple[set[Node], list[Var]]] = {}
         for (v, source, stage), readers in self.held.items():
-            ordered = tuple(sorted(readers, key=_execution_order))
-            groups[source, stage, ordered].append(v)
-        merged: dict[tuple[Node, int, Node], list[tuple[tuple[Node, ...], list[Var]]]] = defaultdict(list)
-        for (source, stage, readers), values in groups.items():
-            merged[source, stage, readers[-1]].append((readers, values))
-        bundles = []
-        for (source, stage, _), parts in merged.items():
-            readers = tuple(sorted({r for rs, _ in parts for r in rs}, key=_execution_order))
-            values = tuple(sorted((v for _, vs in parts for v in vs), key=self._rank))
-            bundles.append(Bundle(source, stage, readers, values))
+            last = max(readers, key=_execution_order)
+            all_readers, values = groups.setdefault((source, stage, last), (set(), []))
+            all_readers.update(readers)
+            values.append(v)
+        bundles = [
+            Bundle(
+                source, stage, tuple(sorted(readers, key=_execution_order)), tuple(sorted(values, key=self._rank))
+            )
+            for (source, stage, _), (readers, values) in groups.items()
+        ]
         return tuple(sorted(bundles, key=lambda b: (_execution_order(b.source), b.stage, _execution_order(b.last_reader))))
 
 

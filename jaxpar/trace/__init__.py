@@ -8,8 +8,8 @@ from jaxpar.trace.types import INVARIANT, Batched, BatchType, Coupling, Incomple
 __all__ = [
     "INVARIANT",
     "Atom",
-    "Batched",
     "BatchType",
+    "Batched",
     "Body",
     "Coupling",
     "Eqn",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class _Context:
     path: tuple[str, ...] = ()
     backward: bool = False
     callers: tuple[Any, ...] = ()
+    opaque: bool = False  # inside an operation of JAX's, that was traced without the user's code
 
 
 class _Pairing:
@@ -54,9 +55,7 @@ class _Pairing:
         if len(jw.invars) != len(js.invars) or len(jw.outvars) != len(js.outvars):
             raise TraceError(self._differ("the number of inputs or outputs of a function", None, None))
         names = list(names) or [""] * len(jw.invars)
-        inputs = tuple(
-            self._new_var(env, w, s, name) for w, s, name in zip(jw.invars, js.invars, names, strict=True)
-        )
+        inputs = tuple(self._new_var(env, w, s, name) for w, s, name in zip(jw.invars, js.invars, names, strict=True))
         consts = self._pair_consts(env, jw, js, cw, cs)
         eqns: list[Eqn] = []
         self._walk(jw.eqns, js.eqns, env, eqns, consts, ctx)
@@ -87,20 +86,22 @@ class _Pairing:
         path, backward = _jax.parse_name_stack(_jax.name_stack(ew))
         if ctx.path and path[:1] == ctx.path[-1:]:
             path = path[1:]
-        ctx = _Context(ctx.path + path, ctx.backward or backward, (ew, *ctx.callers))
+        callers = ctx.callers if ctx.opaque else (ew, *ctx.callers)
+        ctx = _Context(ctx.path + path, ctx.backward or backward, callers, ctx.opaque)
         self._at = ctx.callers
         inputs = tuple(self._read(env, w, s, consts, ew) for w, s in zip(ew.invars, es.invars, strict=True))
         call_w, call_s = _jax.inlined_call(ew), _jax.inlined_call(es)
         if call_w is not None and call_s is not None:
             used = tuple(inputs[i] for i in call_w.inputs)
-            outputs = self._splice(call_w.body, call_s.body, used, out, consts, ctx)
+            inner = replace(ctx, opaque=ctx.opaque or call_w.opaque)
+            outputs = self._splice(call_w.body, call_s.body, used, out, consts, inner)
             env.update(zip(ew.outvars, outputs, strict=True))
             return
         if not self._keep_effects(ew):
             return
         params, bodies = self._pair_params(ew, es, ctx)
-        outputs = tuple(self._new_var(env, w, s, eqn=ew) for w, s in zip(ew.outvars, es.outvars, strict=True))
-        out.append(Eqn(ew.primitive, inputs, outputs, params, bodies, ctx.path, ctx.backward, ctx.callers))
+        made = tuple(self._new_var(env, w, s, eqn=ew) for w, s in zip(ew.outvars, es.outvars, strict=True))
+        out.append(Eqn(ew.primitive, inputs, made, params, bodies, ctx.path, ctx.backward, ctx.callers))
 
     def _keep_effects(self, eqn: Any) -> bool:
         """Whether the equation stays in the program: prints don't.
@@ -161,8 +162,9 @@ class _Pairing:
             var = self._new_var({}, whole, small, "constant")
             consts[var] = whole.val
             return var
-        equal = np.array_equal(np.asarray(whole.val), np.asarray(small.val), equal_nan=whole.val.dtype.kind in "fc")
-        return Literal(whole.val, whole.aval.dtype, normaliser=not equal)
+        aval: Any = whole.aval
+        equal = np.array_equal(np.asarray(whole.val), np.asarray(small.val), equal_nan=aval.dtype.kind in "fc")
+        return Literal(whole.val, aval.dtype, normaliser=not equal)
 
     def _merge(self, whole: Any, small: Any, ew: Any, es: Any, name: str = "") -> Any:
         """One value for both sizes: itself where they agree, a `Size` where integers differ."""
@@ -180,8 +182,8 @@ class _Pairing:
         near = next(filter(None, map(_jax.user_frame, self._at)), "an unknown line")
         raise TraceError(
             f"{near}: {ew.primitive.name if ew is not None else 'the step'} can't be evaluated for another number of "
-            f"examples: jaxpar can't tell how its parameter '{name}' depends on that. Write the operation in jax.numpy, "
-            "or move it out of the pipelined step."
+            f"examples: jaxpar can't tell how its parameter '{name}' depends on that. Write it in jax.numpy, or move "
+            "it out of the pipelined step."
         )
 
     def _size(self, whole: int, small: int, eqn: Any) -> Size:

@@ -71,8 +71,9 @@ def _join(a: BatchType, b: BatchType) -> BatchType:
             return other
     if isinstance(a, Invariant) and isinstance(b, Invariant):
         return INVARIANT
-    if isinstance(a, Batched) and isinstance(b, Batched) and a.dim == b.dim:
-        if (layout := a.joined(b)) is not None:
+    if isinstance(a, Batched) and isinstance(b, Batched):
+        layout = a.joined(b) if a.dim == b.dim else None
+        if layout is not None:
             return layout
     clause = f"gives a value that is {a} in one case and {b} in another"
     raise (NeedsComplete if isinstance(a, Partial) or isinstance(b, Partial) else Coupling)(clause)

@@ -1,4 +1,4 @@
-"""Examples' values that are made of nothing of theirs: constants, iotas, broadcasts, random draws for the whole batch."""
+"""Examples' values that are made of nothing of theirs: constants, iotas, broadcasts, draws for the whole batch."""
 
 from __future__ import annotations
 

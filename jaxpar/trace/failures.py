@@ -64,8 +64,7 @@ def explain_failures(failures: Sequence[Failure]) -> str:
     """One message for all: the forward pass first, without what follows from other failures."""
     causes = _causes(failures)
     if all(f.missing_rule for f in causes):
-        head = "the step can't be split into micro-batches: it uses operations of which jaxpar doesn't know whether they "
-        head += "keep examples apart."
+        head = "the step can't be split into micro-batches: jaxpar doesn't know whether all of it keeps examples apart."
     else:
         head = "the step can't be split into micro-batches exactly: examples of the batch are coupled."
     more = [f"... and {len(causes) - _SHOWN} more."] if len(causes) > _SHOWN else []

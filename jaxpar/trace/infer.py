@@ -2,9 +2,9 @@
 
     infer_types(body, input types) -> body', types
 
-body' is the program with `complete` inserted where a partial reduction meets an operation that is not linear in it (that
-is where gradient accumulation ends), `global_positions` where an iota along the batch is used as data, and each equation
-that makes examples' values out of invariant ones marked with the form in which a micro-batch gets its own rows of them.
+body' is the program with `complete` inserted where a partial reduction meets an operation that is not linear in it
+(that is where gradient accumulation ends), `global_positions` where an iota along the batch is used as data, and each
+equation that makes examples' values out of invariant ones marked with the form in which a micro-batch gets its rows.
 
 What holds of every typed equation:
     its outputs grow with the batch exactly as their types say (rules/sizes.py)
@@ -212,8 +212,8 @@ class _Walk:
     def _from_invariants(self, eqn: Eqn, types: list[BatchType]) -> _Inferred:
         if not any(v.batch_dims for v in eqn.outputs):
             zero = eqn.name in _KEEPS_ZERO and all(getattr(t, "zero", False) for t in types)
-            form = "whole" if has_size(eqn.params) else "local"
-            return replace(eqn, form=form), [Invariant(zero=zero)] * len(eqn.outputs)
+            eqn = replace(eqn, form="whole") if has_size(eqn.params) else eqn
+            return eqn, [Invariant(zero=zero)] * len(eqn.outputs)
         return replace(eqn, form=created_form(eqn)), [type_created(eqn, v) for v in eqn.outputs]
 
     def _type_constant(self, var: Var, value: Any) -> Var:
@@ -273,7 +273,7 @@ class _Walk:
         return atom
 
     def _wait_for_late(self, eqn: Eqn, types: Sequence[BatchType], out_types: Sequence[BatchType]) -> bool:
-        """Whether partial inputs had to be completed, because the equation can only run when all of the batch is done."""
+        """Whether partial inputs were completed, because the equation can only run when all of the batch is done."""
         late = next((self.late[v] for v in eqn.reads if v in self.late), None)
         if late is None:
             return False

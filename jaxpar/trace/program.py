@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal as OneOf
+from typing import Any
+from typing import Literal as OneOf
 
 import jax
 

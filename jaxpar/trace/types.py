@@ -36,7 +36,7 @@ class Batched:
     dim: int
     outer: int = 1
     inner: int = 1
-    positions: None | OneOf["all", "never"] | tuple[int, frozenset[int]] = None
+    positions: OneOf["all", "never"] | tuple[int, frozenset[int]] | None = None
     uniform: bool = False
 
     @property

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.extend.random import threefry2x32_p
@@ -32,6 +32,7 @@ def evaluate_rows(body, args, rows):
     return [env[v] for v in body.outputs]
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS, WORDS)
 def test_multiply_add(a, b, c):
     """high 2^32 + low = a b + c, exactly."""
@@ -44,8 +45,8 @@ def test_rows_of_a_draw(width, shape):
     """Rows at a traced place are those of the whole draw."""
     key = jax.random.key(11)
     dim = shape.index(40)
-    make = lambda n: jax.make_jaxpr(lambda k: jax.random.bits(k, tuple(n if s == 40 else s for s in shape), f"uint{width}"))
-    body = pair_jaxprs(make(40)(key), make(2)(key), (40, 2))
+    draw = lambda n: lambda k: jax.random.bits(k, tuple(n if s == 40 else s for s in shape), f"uint{width}")
+    body = pair_jaxprs(jax.make_jaxpr(draw(40))(key), jax.make_jaxpr(draw(2))(key), (40, 2))
     (eqn,) = infer_types(body, [INVARIANT], [False]).body.eqns
     assert eqn.form == "rows"
     rows = jax.jit(lambda k, first: evaluate([eqn], {eqn.inputs[0]: k}, Rows(5, 40, first))[eqn.outputs[0]])

@@ -2,8 +2,8 @@
 
     check_law(f, (x, y), params)
 
-traces f(batched, invariant) at two sizes, infers the types, evaluates the typed program for the rows of each micro-batch,
-and checks for every output
+traces f(batched, invariant) at two sizes, infers the types, evaluates the typed program for the rows of each
+micro-batch, and checks for every output
 
     Invariant              equal in each micro-batch, and to the whole batch's value
     Batched(dim, o, i)     the micro-batches' values, joined in the layout (o, n, i), are the whole batch's value
@@ -29,7 +29,14 @@ from jaxpar.trace import INVARIANT, Batched, BatchType, Invariant, Partial, Var
 from jaxpar.trace.capture import pair_jaxprs
 from jaxpar.trace.infer import Typed, infer_types
 
-_REDUCE = {"sum": "add", "max": "maximum", "min": "minimum", "prod": "multiply", "and": "bitwise_and", "or": "bitwise_or"}
+_REDUCE = {
+    "sum": "add",
+    "max": "maximum",
+    "min": "minimum",
+    "prod": "multiply",
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+}
 
 
 @dataclass(frozen=True)

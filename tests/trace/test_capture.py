@@ -76,12 +76,15 @@ def flags(x):
     return jnp.zeros(4).at[jnp.arange(3)].add(1.0, indices_are_sorted=x.shape[0] > 4) + x
 
 
-@pytest.mark.parametrize(("f", "message"), [
-    (branch, "the step does something else with 6 examples than with 2: the operation differs: sin at"),
-    (loop, "the step does something else with 6 examples than with 2"),
-    (groups, r"a size \(3 against 1\) that doesn't grow evenly, as for groups of several examples, differs"),
-    (flags, "can't be evaluated for another number of examples.*'indices_are_sorted'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (branch, "the step does something else with 6 examples than with 2: the operation differs: sin at"),
+        (loop, "the step does something else with 6 examples than with 2"),
+        (groups, r"a size \(3 against 1\) that doesn't grow evenly, as for groups of several examples, differs"),
+        (flags, "can't be evaluated for another number of examples.*'indices_are_sorted'"),
+    ],
+)
 def test_what_does_not_pair(f, message):
     with pytest.raises(TraceError, match=message) as caught:
         pair(f, (4,))
@@ -91,7 +94,9 @@ def test_what_does_not_pair(f, message):
 def test_flags_are_no_sizes():
     """Sizes 2 and 3, where True and False would differ as much as the batch does."""
     with pytest.raises(TraceError, match="indices_are_sorted"):
-        pair(lambda x: jnp.zeros(4).at[jnp.arange(3)].add(1.0, indices_are_sorted=x.shape[0] > 2) + x, (4,), sizes=(2, 3))
+        pair(
+            lambda x: jnp.zeros(4).at[jnp.arange(3)].add(1.0, indices_are_sorted=x.shape[0] > 2) + x, (4,), sizes=(2, 3)
+        )
 
 
 def test_another_number_of_outputs():

@@ -150,43 +150,93 @@ LEGAL = {
     "shared weights": (shared_weights_gradient, (X,), (V,), [Partial]),
     "recurrence": (recurrence, (T,), (WS[0],), [Batched, Batched]),
     "recurrence's gradient": (recurrence_gradient, (T,), (WS[0],), [Partial]),
-    "reverse": (lambda t: lax.scan(lambda c, x: (c + x, c), jnp.zeros_like(t[:, 0]), t.swapaxes(0, 1), reverse=True),
-                (T,), (), [Batched] * 2),
+    "reverse": (
+        lambda t: lax.scan(lambda c, x: (c + x, c), jnp.zeros_like(t[:, 0]), t.swapaxes(0, 1), reverse=True),
+        (T,),
+        (),
+        [Batched] * 2,
+    ),
     "sums in carry": (sums_in_carry, (X,), (V,), [Partial, Partial]),
     "sum into ones": (sum_into_other_carry, (X,), (V,), [Invariant]),
     "optimizer's loop": (newton_schulz, (X, X[:, ::-1]), (), [Invariant]),
     "optimizer's branch": (skip_if_not_finite, (X,), (V,), [Invariant]),
     "optimizer's scan": (update_layers, (X,), (WS,), [Invariant]),
-    "linear loop over a sum": (lambda x, ws: lax.scan(lambda g, w: (g @ w, None), x.sum(0), ws)[0], (X,), (WS,), [Partial]),
+    "linear loop over a sum": (
+        lambda x, ws: lax.scan(lambda g, w: (g @ w, None), x.sum(0), ws)[0],
+        (X,),
+        (WS,),
+        [Partial],
+    ),
     "while": (while_steps, (X,), (V,), [Invariant, Batched]),
     "while until a total": (until_total, (X,), (), [Invariant]),
-    "while over a total": (lambda x: lax.while_loop(lambda c: c < 99, lambda c: c + 7.0, x.sum()), (X,), (), [Invariant]),
+    "while over a total": (
+        lambda x: lax.while_loop(lambda c: c < 99, lambda c: c + 7.0, x.sum()),
+        (X,),
+        (),
+        [Invariant],
+    ),
     "fori": (lambda x: lax.fori_loop(0, 3, lambda i, x: jnp.sin(x) * i, x), (X,), (), [Batched]),
     "constants in bodies": (constants_in_bodies, (X,), (), [Batched, Batched]),
     "batch size in bodies": (batch_size_in_bodies, (X,), (V,), [Invariant, Invariant]),
     "cond": (lambda x, flag: lax.cond(flag, jnp.tanh, lambda x: x * 2, x), (X,), (FLAG,), [Batched]),
-    "cond, gradient": (lambda x, flag: jax.grad(lambda x: lax.cond(flag, jnp.tanh, lambda x: x * 2, x).sum())(x),
-                       (X,), (FLAG,), [Batched]),
+    "cond, gradient": (
+        lambda x, flag: jax.grad(lambda x: lax.cond(flag, jnp.tanh, lambda x: x * 2, x).sum())(x),
+        (X,),
+        (FLAG,),
+        [Batched],
+    ),
     "cond, sum or zero": (lambda x, flag: lax.cond(flag, lambda: x.sum(), lambda: 0.0), (X,), (FLAG,), [Partial]),
-    "cond, sum or one": (lambda x, flag: lax.cond(flag, lambda s: s, lambda s: 1.0, x.sum()), (X,), (FLAG,), [Invariant]),
-    "cond, zeros or batch": (lambda t, flag: lax.cond(flag, lambda t: t.swapaxes(0, 1).reshape(-1),
-                             lambda t: jnp.zeros(t.size), t), (T,), (FLAG,), [Batched]),
+    "cond, sum or one": (
+        lambda x, flag: lax.cond(flag, lambda s: s, lambda s: 1.0, x.sum()),
+        (X,),
+        (FLAG,),
+        [Invariant],
+    ),
+    "cond, zeros or batch": (
+        lambda t, flag: lax.cond(flag, lambda t: t.swapaxes(0, 1).reshape(-1), lambda t: jnp.zeros(t.size), t),
+        (T,),
+        (FLAG,),
+        [Batched],
+    ),
     "switch": (lambda x, i: lax.switch(i, [jnp.sin, jnp.cos, jnp.tanh], x), (X,), (1,), [Batched]),
     "associative_scan": (lambda t: lax.associative_scan(jnp.multiply, t, axis=1), (T,), (), [Batched]),
     "map over steps": (lambda t: lax.map(jnp.tanh, t.swapaxes(0, 1)), (T,), (), [Batched]),
-    "nested loops": (lambda x, ws: lax.scan(lambda x, _: (layers(x, ws)[0], None), x, None, length=2)[0], (X,), (WS,), [Batched]),
+    "nested loops": (
+        lambda x, ws: lax.scan(lambda x, _: (layers(x, ws)[0], None), x, None, length=2)[0],
+        (X,),
+        (WS,),
+        [Batched],
+    ),
     "remat": (grad_of(jax.checkpoint(lambda x: jnp.sin(jnp.sin(x)))), (X,), (), [Batched]),
-    "remat with names": (grad_of(jax.checkpoint(lambda x: jnp.sin(checkpoint_name(jnp.sin(x), "a")),
-                         policy=jax.checkpoint_policies.save_only_these_names("a"))), (X,), (), [Batched]),
+    "remat with names": (
+        grad_of(
+            jax.checkpoint(
+                lambda x: jnp.sin(checkpoint_name(jnp.sin(x), "a")),
+                policy=jax.checkpoint_policies.save_only_these_names("a"),
+            )
+        ),
+        (X,),
+        (),
+        [Batched],
+    ),
     "custom_vjp": (grad_of(clip_gradient), (X,), (), [Batched]),
     "custom_jvp": (grad_of(softplus), (X,), (), [Batched]),
-    "relu, gelu, silu": (lambda x: [grad_of(f)(x) for f in (jax.nn.relu, jax.nn.gelu, jax.nn.silu)], (X,), (), [Batched] * 3),
+    "relu, gelu, silu": (
+        lambda x: [grad_of(f)(x) for f in (jax.nn.relu, jax.nn.gelu, jax.nn.silu)],
+        (X,),
+        (),
+        [Batched] * 3,
+    ),
     "nested jit": (lambda x: jax.jit(lambda x: jax.jit(jnp.tanh)(x).mean())(x), (X,), (), [Partial]),
     "composite": (lambda x: lax.composite(lambda x: x * 2, "my.op")(x), (X,), (), [Batched]),
     "vmap": (lambda x, v: jax.vmap(lambda x: jnp.outer(x, v).sum(0))(x), (X,), (V,), [Batched]),
-    "dead coupling": (lambda x: lax.scan(lambda x, _: (x + 0 * jnp.sort(x, 0).shape[0], None), x, None, length=2)[0],
-                      (X,), (), [Batched]),
-}  # fmt: skip
+    "dead coupling": (
+        lambda x: lax.scan(lambda x, _: (x + 0 * jnp.sort(x, 0).shape[0], None), x, None, length=2)[0],
+        (X,),
+        (),
+        [Batched],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -288,11 +338,14 @@ def ragged(x, w):
     return lax.ragged_dot(x, w, jnp.array([2, x.shape[0] - 2]))
 
 
-@pytest.mark.parametrize(("f", "invariant", "clause"), [
-    (callback, (), "calls Python with the examples"),
-    (callback_of_batch_shape, (), "can't be evaluated for another number of examples"),
-    (collective, (), "written for a mesh by hand"),
-    (ragged, (WS[:2],), "groups of rows that examples fill together"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("f", "invariant", "clause"),
+    [
+        (callback, (), "calls Python with the examples"),
+        (callback_of_batch_shape, (), "can't be evaluated for another number of examples"),
+        (collective, (), "written for a mesh by hand"),
+        (ragged, (WS[:2],), "groups of rows that examples fill together"),
+    ],
+)
 def test_operations_with_advice_of_their_own(f, invariant, clause):
     check_refused(f, (X,), invariant, clause)

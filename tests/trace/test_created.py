@@ -24,7 +24,10 @@ LEGAL = {
     "positions compared": (lambda x: jnp.arange(x.shape[0]) < 3, [Batched]),
     "positions from the end": (lambda x: x.shape[0] - 1 - jnp.arange(x.shape[0]), [Batched]),
     "positions as floats": (lambda x: jnp.arange(x.shape[0], dtype=float), [Batched]),
-    "small positions": (lambda x: jnp.arange(x.shape[0], dtype=jnp.int8) + jnp.arange(x.shape[0]).astype(jnp.uint8), [Batched]),
+    "small positions": (
+        lambda x: jnp.arange(x.shape[0], dtype=jnp.int8) + jnp.arange(x.shape[0]).astype(jnp.uint8),
+        [Batched],
+    ),
     "positions doubled": (lambda x: jnp.arange(x.shape[0] * 2), [Batched]),
     "positions from one": (lambda x: jnp.arange(1, x.shape[0] + 1), [Batched]),
     "positions of columns": (lambda x: jax.lax.broadcasted_iota(int, x.shape, 1), [Batched]),
@@ -44,12 +47,14 @@ LEGAL = {
     "numpy of both towers": (lambda x: np.ones((2 * x.shape[0], 1)) * jnp.concatenate([x, x]), [Batched]),
     "numpy number": (lambda x: x.sum(0) * np.float64(1 / x.shape[0]) * np.array([1.0, x.shape[0], 2, 3]), [Partial]),
     "jax constant": (lambda x: jnp.asarray(np.arange(x.shape[0] * 4.0).reshape(-1, 4)) + x, [Batched]),
-    "zeros, ones": (lambda x: (jnp.zeros_like(x), jnp.ones(x.shape[0]).sum(), jnp.full(x.shape, 2.0).max(0)),
-                    [Batched, Partial, Partial]),
+    "zeros, ones": (
+        lambda x: (jnp.zeros_like(x), jnp.ones(x.shape[0]).sum(), jnp.full(x.shape, 2.0).max(0)),
+        [Batched, Partial, Partial],
+    ),
     "example's own constant": (lambda x: jnp.broadcast_to(jnp.arange(4.0), x.shape), [Batched]),
     "keys": (lambda x: jnp.broadcast_to(jax.random.key(3), x.shape[:1]), [Batched]),
     "constant zeros": (lambda x: ZEROS.at[(x[:, 0] > 0).astype(int)].add(x), [Partial]),
-}  # fmt: skip
+}
 ZEROS = jnp.zeros((3, 4))
 
 

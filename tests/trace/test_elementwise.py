@@ -25,8 +25,10 @@ UNARY = {
     "conj imag real abs exp": Z,
 }
 BINARY = {
-    "add sub mul div max min atan2 pow rem nextafter complex eq ne lt le gt ge igamma igammac zeta "
-    "igamma_grad_a": (U, U + 0.5),
+    "add sub mul div max min atan2 pow rem nextafter complex eq ne lt le gt ge igamma igammac zeta igamma_grad_a": (
+        U,
+        U + 0.5,
+    ),
     "add sub mul div max min rem bitwise_and bitwise_or bitwise_xor shift_left shift_right_arithmetic "
     "shift_right_logical": (K, K % 7 + 1),
     "add sub mul div eq": (Z, Z[::-1]),
@@ -58,8 +60,12 @@ LEGAL = {
     "reduce_precision": (lambda x: lax.reduce_precision(x, 5, 10), (X,), (), [Batched]),
     "bitcast to the same size": (lambda x: lax.bitcast_convert_type(x, jnp.int64), (X,), (), [Batched]),
     "bitcast to smaller": (lambda x: lax.bitcast_convert_type(x, jnp.uint8), (X,), (), [Batched]),
-    "bitcast to larger": (lambda x: lax.bitcast_convert_type(x.astype(jnp.uint8).reshape(x.shape[0], 1, 4), jnp.uint32),
-                          (K,), (), [Batched]),
+    "bitcast to larger": (
+        lambda x: lax.bitcast_convert_type(x.astype(jnp.uint8).reshape(x.shape[0], 1, 4), jnp.uint32),
+        (K,),
+        (),
+        [Batched],
+    ),
     "bf16": (lambda x: jnp.tanh(x.astype(jnp.bfloat16) * 2), (X,), (), [Batched]),
     "complex": (lambda x: jnp.abs(lax.complex(x, x) * 2j), (X,), (), [Batched]),
     "barrier": (lambda x, v: lax.optimization_barrier((x, v)), (X,), (V,), [Batched, Invariant]),
@@ -81,7 +87,12 @@ LEGAL = {
     "count to float": (lambda k: (k > 3).sum() / k.size, (K,), (), [Partial]),
     "to int": (lambda x: x.sum(0).astype(jnp.int32), (X,), (), [Invariant]),
     "to bool": (lambda x: x.sum(0).astype(bool), (X,), (), [Invariant]),
-    "small ints that wrap": (lambda k: k.astype(jnp.int8).sum(0, dtype=jnp.int8).astype(jnp.int32), (K,), (), [Invariant]),
+    "small ints that wrap": (
+        lambda k: k.astype(jnp.int8).sum(0, dtype=jnp.int8).astype(jnp.int32),
+        (K,),
+        (),
+        [Invariant],
+    ),
     "narrower ints": (lambda k: (k * 99999).sum(0).astype(jnp.int8), (K,), (), [Partial]),
     "to complex": (lambda x: x.sum(0).astype(complex) * 2j, (X,), (), [Partial]),
     "complex parts": (lambda z: (z.sum(0).real, z.sum(0).imag, z.sum(0).conj()), (Z,), (), [Partial] * 3),
@@ -109,7 +120,7 @@ LEGAL = {
     "normaliser with an examples' value": (lambda x: x * (x.shape[0] - 1) + x.shape[0], (X,), (), [Batched]),
     "normaliser as an int": (lambda k: k.sum() * k.shape[0], (K,), (), [Partial]),
     "batch size added": (lambda x: x.sum() + x.shape[0], (X,), (), [Invariant]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LEGAL)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import Primitive
-from tests.zoo import bad
 
 from jaxpar.errors import TraceError
 from jaxpar.trace import Batched, abstract_args, make_program, register_batch_rule
 from jaxpar.trace.rules import registry
+from tests.zoo import bad
 
-from .law import check_law, trace
+from .law import check_law, check_refused, trace
 
 X = np.random.default_rng(0).normal(size=(6, 4))
 W = np.ones((4, 4))
@@ -42,7 +42,11 @@ ZOO = {
     "cumsum_along_batch": ("jnp.cumsum(", "accumulates along the batch", "for each example"),
     "reverse_along_batch": ("[::-1]", "reverses the order of the examples", "for each example"),
     "contrastive": ('batch["y"].T', "multiplies examples with other examples", "bank kept in the state"),
-    "log_of_mean_loss": ("jnp.log(", "the gradient of each example needs a value of the whole batch", "Differentiate a sum"),
+    "log_of_mean_loss": (
+        "jnp.log(",
+        "the gradient of each example needs a value of the whole batch",
+        "Differentiate a sum",
+    ),
     "branch_on_batch_value": ("lax.cond(", "chooses what is computed for each example", "jnp.where"),
 }
 
@@ -55,7 +59,7 @@ def test_zoo(name):
     assert advice in message
     places = re.findall(r"^(/.*):(\d+)", message, re.M)
     assert len(places) == 1, message
-    (path, line), = places
+    ((path, line),) = places
     assert code in Path(path).read_text().splitlines()[int(line) - 1]
     assert len(message.splitlines()) <= 8
 
@@ -101,6 +105,14 @@ def test_a_failure_in_a_loop_names_its_own_line():
         trace(lambda x: jax.lax.scan(body, x, None, length=2)[0], (X,))
     line = body.__code__.co_firstlineno + 1
     assert f"test_failures.py:{line}:" in str(caught.value)
+
+
+def test_an_operation_that_jax_spells_out_is_the_users_line():
+    def ranks(x):
+        return jnp.searchsorted(x[:, 0], jnp.ones(3))
+
+    check_refused(ranks, (X,), (), "picks examples of the batch by their index")
+    check_law(lambda x: jax.vmap(lambda x: jnp.searchsorted(x, 0.5))(jnp.sort(x)), (X,), expect=[Batched])
 
 
 mystery_p = Primitive("mystery")

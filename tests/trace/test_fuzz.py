@@ -1,5 +1,7 @@
 """Soundness: whatever composition of operations the types accept obeys the law."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,10 +147,8 @@ def compose(program):
 STEPS = st.tuples(st.integers(0, len(OPS) - 1), st.integers(1, 5), st.integers(1, 7), st.integers(0, 3))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(STEPS, min_size=1, max_size=6))
 def test_what_is_accepted_obeys_the_law(program):
-    try:
+    with contextlib.suppress(TraceError):  # to refuse is always sound
         check_law(compose(program), (X, Y, T, C), (V,), rtol=1e-7)
-    except TraceError:
-        pass  # refused, which is always sound

@@ -42,8 +42,12 @@ def one_example(t, y):
 
 LEGAL = {
     "columns": (lambda x: (x[:, IDX], x[:, 1], x[:, None, IDX]), (X,), (), [Batched] * 3),
-    "columns by take": (lambda x: (jnp.take(x, IDX, 1), jnp.take(x, IDX + 3, 1, mode="fill"), jnp.take(x, IDX + 3, 1,
-                        mode="clip")), (X,), (), [Batched] * 3),
+    "columns by take": (
+        lambda x: (jnp.take(x, IDX, 1), jnp.take(x, IDX + 3, 1, mode="fill"), jnp.take(x, IDX + 3, 1, mode="clip")),
+        (X,),
+        (),
+        [Batched] * 3,
+    ),
     "columns by invariant": (lambda x, i: x[:, i], (X,), (IDX,), [Batched]),
     "take_along_axis": (lambda x, z: jnp.take_along_axis(x, z, 1), (X, Z), (), [Batched]),
     "take_along_axis of steps": (lambda t, z: jnp.take_along_axis(t, z[..., None], 1), (T, Z), (), [Batched]),
@@ -51,11 +55,19 @@ LEGAL = {
     "own row, numpy": (lambda x, y: x[np.arange(x.shape[0]), y], (X, Y), (), [Batched]),
     "own row, only": (lambda x: x[jnp.arange(x.shape[0])], (X,), (), [Batched]),
     "own row, several columns": (lambda x, z: x[jnp.arange(x.shape[0])[:, None], z], (X, Z), (), [Batched]),
-    "own row, the batch second": (lambda t, z: t.transpose(1, 0, 2)[1, jnp.arange(t.shape[0])[:, None], z], (T, Z), (),
-                                  [Batched]),
+    "own row, the batch second": (
+        lambda t, z: t.transpose(1, 0, 2)[1, jnp.arange(t.shape[0])[:, None], z],
+        (T, Z),
+        (),
+        [Batched],
+    ),
     "own row's gradient": (indexed_gradient, (X, Y), (), [Batched]),
-    "own row, written": (lambda x, y: (x.at[jnp.arange(x.shape[0]), y].set(0.0), x.at[jnp.arange(x.shape[0]), y].max(0.5)),
-                         (X, Y), (), [Batched] * 2),
+    "own row, written": (
+        lambda x, y: (x.at[jnp.arange(x.shape[0]), y].set(0.0), x.at[jnp.arange(x.shape[0]), y].max(0.5)),
+        (X, Y),
+        (),
+        [Batched] * 2,
+    ),
     "own row, int32": (lambda x, y: x[jnp.arange(x.shape[0], dtype=jnp.int32), y], (X, Y), (), [Batched]),
     "embedding": (lambda t, e: e[t], (TOKENS,), (TABLE,), [Batched]),
     "embedding by take": (lambda t, e: jnp.take(e, t, axis=0), (TOKENS,), (TABLE,), [Batched]),
@@ -65,23 +77,56 @@ LEGAL = {
     "histogram": (lambda y: jnp.zeros(4).at[y].add(1.0), (Y,), (), [Partial]),
     "bincount": (lambda y: jnp.bincount(y, length=4), (Y,), (), [Partial]),
     "subtracted": (lambda y: jnp.zeros(4).at[y].subtract(1.0), (Y,), (), None),
-    "scatter-sub": (lambda x, y: lax.scatter_sub(jnp.zeros((4, 4)), y[:, None], x, lax.ScatterDimensionNumbers(
-        (1,), (0,), (0,))), (X, Y), (), [Partial]),
+    "scatter-sub": (
+        lambda x, y: lax.scatter_sub(jnp.zeros((4, 4)), y[:, None], x, lax.ScatterDimensionNumbers((1,), (0,), (0,))),
+        (X, Y),
+        (),
+        [Partial],
+    ),
     "one_hot": (lambda y: (jax.nn.one_hot(y, 4), jax.nn.one_hot(y, 4).sum(0)), (Y,), (), [Batched, Partial]),
     "by vmap": (lambda t, y: jax.vmap(one_example)(t, y), (T, Y), (), [Batched] * 4),
-    "by vmap's gradient": (lambda t, y: jax.grad(lambda t: sum((o**2).sum() for o in jax.vmap(one_example)(t, y)))(t),
-                           (T, Y), (), [Batched]),
-    "by vmap, table shared": (lambda y, e: jax.vmap(lambda i: lax.dynamic_slice(e, (i, 0), (2, 3)))(y), (Y,), (TABLE,), [Batched]),
-    "table's gradient": (lambda y, e: jax.grad(lambda e: (jax.vmap(lambda i: lax.dynamic_slice(e, (i, 0), (2, 3)))(y) ** 2).sum())(e),
-                         (Y,), (TABLE,), [Partial]),
-    "same place for all": (lambda t, i: (lax.dynamic_slice(t, (0, i, 0), (t.shape[0], 2, 4)), t.at[:, i].set(1.0),
-                           lax.dynamic_update_slice(t, t[:, :2] * 2, (0, i, 0)), t.at[:, i, 1].add(2.0)),
-                           (T,), (2,), [Batched] * 4),
+    "by vmap's gradient": (
+        lambda t, y: jax.grad(lambda t: sum((o**2).sum() for o in jax.vmap(one_example)(t, y)))(t),
+        (T, Y),
+        (),
+        [Batched],
+    ),
+    "by vmap, table shared": (
+        lambda y, e: jax.vmap(lambda i: lax.dynamic_slice(e, (i, 0), (2, 3)))(y),
+        (Y,),
+        (TABLE,),
+        [Batched],
+    ),
+    "table's gradient": (
+        lambda y, e: jax.grad(lambda e: (jax.vmap(lambda i: lax.dynamic_slice(e, (i, 0), (2, 3)))(y) ** 2).sum())(e),
+        (Y,),
+        (TABLE,),
+        [Partial],
+    ),
+    "same place for all": (
+        lambda t, i: (
+            lax.dynamic_slice(t, (0, i, 0), (t.shape[0], 2, 4)),
+            t.at[:, i].set(1.0),
+            lax.dynamic_update_slice(t, t[:, :2] * 2, (0, i, 0)),
+            t.at[:, i, 1].add(2.0),
+        ),
+        (T,),
+        (2,),
+        [Batched] * 4,
+    ),
     "cache": (lambda t, x, i: t.at[:, i].set(x), (T, X), (3,), [Batched]),
-    "merged rows": (lambda t, s: (t.reshape(-1, 4)[:, IDX], jnp.take_along_axis(t.reshape(-1, 4), s.reshape(-1, 1), 1)),
-                    (T, TOKENS % 4), (), [Batched] * 2),
-    "zeros, then own values": (lambda z: jnp.zeros((z.shape[0], 4)).at[jnp.arange(z.shape[0])[:, None], z].add(1.0), (Z,), (),
-                               [Batched]),
+    "merged rows": (
+        lambda t, s: (t.reshape(-1, 4)[:, IDX], jnp.take_along_axis(t.reshape(-1, 4), s.reshape(-1, 1), 1)),
+        (T, TOKENS % 4),
+        (),
+        [Batched] * 2,
+    ),
+    "zeros, then own values": (
+        lambda z: jnp.zeros((z.shape[0], 4)).at[jnp.arange(z.shape[0])[:, None], z].add(1.0),
+        (Z,),
+        (),
+        [Batched],
+    ),
     "zeros by vmap": (lambda z: jax.vmap(lambda z: jnp.zeros(4).at[z].add(1.0))(z), (Z,), (), [Batched]),
     # of partial reductions
     "of a sum": (lambda x, i: (x.sum(0)[i], lax.dynamic_slice(x.sum(0), (i[1],), (2,))), (X,), (IDX,), [Partial] * 2),
@@ -96,8 +141,13 @@ LEGAL = {
     "set to a sum": (lambda x: jnp.zeros((3, 4)).at[1].set(x.sum(0)), (X,), (), None),
     "written over with a sum": (lambda x: jnp.ones((3, 4)).at[1].set(x.sum(0)), (X,), (), [Invariant]),
     "sum into a sum": (lambda x: lax.dynamic_update_slice(x.sum(0), x[:, :2].mean(0), (1,)), (X,), (), [Partial]),
-    "maximum into zeros": (lambda x: lax.dynamic_update_slice(jnp.zeros(4), x[:, :2].max(0), (1,)), (X,), (), [Invariant]),
-}  # fmt: skip
+    "maximum into zeros": (
+        lambda x: lax.dynamic_update_slice(jnp.zeros(4), x[:, :2].max(0), (1,)),
+        (X,),
+        (),
+        [Invariant],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -176,7 +226,12 @@ ILLEGAL = {
     "counts into a maximum": (counts_into_maximum, (X, Y), (), "isn't zero at first"),
     "largest": (largest_of_class, (X, Y), (), "into a value that all of them share"),
     "other order": (take_by_batched_of_another_order, (T, TOKENS), (), "picks examples"),
-    "two sizes": (last_in_batch_size, (RNG.normal(size=(6, 8, 3)),), (1,), "depends on the number of examples (slice_sizes)"),
+    "two sizes": (
+        last_in_batch_size,
+        (RNG.normal(size=(6, 8, 3)),),
+        (1,),
+        "depends on the number of examples (slice_sizes)",
+    ),
 }
 
 

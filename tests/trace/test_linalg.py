@@ -86,4 +86,9 @@ def test_refused(name):
 
 def test_the_batch_type_of_each_operand_is_looked_at():
     """The right-hand sides of one system may be examples; its matrix may not."""
-    check_law(lambda x, w: lax.linalg.triangular_solve(w, x.T, left_side=True, lower=True), (X,), (np.tril(W),), expect=[Batched])
+    check_law(
+        lambda x, w: lax.linalg.triangular_solve(w, x.T, left_side=True, lower=True),
+        (X,),
+        (np.tril(W),),
+        expect=[Batched],
+    )

@@ -54,12 +54,15 @@ DRAWS = {
     "split, gamma": own_keys(lambda k: jax.random.gamma(k, 2.0)),
     "split, data": own_keys(jax.random.key_data),
     "folded by position": lambda x, k: jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(k, i), (2,)))(
-        jnp.arange(x.shape[0])),
-    "key for each of some": lambda x, k: jax.vmap(lambda k: jax.random.normal(k, x.shape), 0, 1)(jax.random.split(k, 3)),
+        jnp.arange(x.shape[0])
+    ),
+    "key for each of some": lambda x, k: jax.vmap(lambda k: jax.random.normal(k, x.shape), 0, 1)(
+        jax.random.split(k, 3)
+    ),
     "raw key": lambda x, k: jax.random.normal(jax.random.PRNGKey(3), x.shape),
     "in a branch": lambda x, k: jax.lax.cond(jax.random.bernoulli(k), lambda: dropout(x, k), lambda: x),
     "in a loop": lambda x, k: jax.lax.scan(lambda x, k: (dropout(x, k), None), x, jax.random.split(k, 3))[0],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -68,7 +71,9 @@ def test_threefry(name):
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
-@pytest.mark.parametrize("name", ["bits 8", "bits 64", "batch second", "merged", "dropout", "split", "key for each of some"])
+@pytest.mark.parametrize(
+    "name", ["bits 8", "bits 64", "batch second", "merged", "dropout", "split", "key for each of some"]
+)
 def test_other_generators(impl, name):
     check_law(DRAWS[name], (X,), (jax.random.key(7, impl=impl),), expect=[Batched], sizes=(2,))
 

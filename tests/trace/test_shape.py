@@ -65,19 +65,42 @@ LEGAL = {
     "stack": (lambda x, y: (jnp.stack([x, y]), jnp.stack([x, y], 1), jnp.stack([x, y], 2)), (X, Y), (), [Batched] * 3),
     "unstack": (lambda x: jnp.unstack(x, axis=1)[2], (X,), (), [Batched]),
     "split another": (lambda x: jnp.split(x, [1, 3], axis=1), (X,), (), [Batched] * 3),
-    "tile": (lambda x: (jnp.tile(x, (1, 3)), jnp.tile(x, (2, 1)), jnp.tile(x, (2, 1)).reshape(2, -1, 4)[1]),
-             (X,), (), [Batched] * 3),
+    "tile": (
+        lambda x: (jnp.tile(x, (1, 3)), jnp.tile(x, (2, 1)), jnp.tile(x, (2, 1)).reshape(2, -1, 4)[1]),
+        (X,),
+        (),
+        [Batched] * 3,
+    ),
     "repeat": (lambda x: (jnp.repeat(x, 3, axis=1), jnp.repeat(x, 3, axis=0)), (X,), (), [Batched] * 2),
     "two towers": (towers, (X, Y), (W,), [Batched] * 3),
     "two towers' gradient": (towers_gradient, (X, Y), (W,), [Partial]),
-    "three towers of two": (lambda x, y: jnp.concatenate([jnp.concatenate([x, y]), y])[x.shape[0]:], (X, Y), (), [Batched]),
-    "towers of merged rows": (lambda t: jnp.split(jnp.concatenate([t.reshape(-1, 4), -t.reshape(-1, 4)]), 2)[1],
-                              (T,), (), [Batched]),
-    "zeros beside a tower": (lambda x: jnp.concatenate([x, jnp.zeros_like(x)])[x.shape[0]:], (X,), (), [Batched]),
+    "three towers of two": (
+        lambda x, y: jnp.concatenate([jnp.concatenate([x, y]), y])[x.shape[0] :],
+        (X, Y),
+        (),
+        [Batched],
+    ),
+    "towers of merged rows": (
+        lambda t: jnp.split(jnp.concatenate([t.reshape(-1, 4), -t.reshape(-1, 4)]), 2)[1],
+        (T,),
+        (),
+        [Batched],
+    ),
+    "zeros beside a tower": (lambda x: jnp.concatenate([x, jnp.zeros_like(x)])[x.shape[0] :], (X,), (), [Batched]),
     "only zeros": (lambda x: jnp.concatenate([jnp.zeros_like(x), jnp.ones_like(x)]), (X,), (), [Batched]),
-    "pad by a tower": (lambda x: jnp.pad(x, ((x.shape[0], 2 * x.shape[0]), (0, 0)))[: 2 * x.shape[0]], (X,), (), [Batched]),
-    "one tower by slice": (lambda x, y: jnp.concatenate([x, y])[x.shape[0]: 2 * x.shape[0]], (X, Y), (), [Batched]),
-    "iota along a tower": (lambda x, y: jnp.concatenate([x[:, 0], y[:, 0]]) + jnp.ones(2 * x.shape[0]), (X, Y), (), [Batched]),
+    "pad by a tower": (
+        lambda x: jnp.pad(x, ((x.shape[0], 2 * x.shape[0]), (0, 0)))[: 2 * x.shape[0]],
+        (X,),
+        (),
+        [Batched],
+    ),
+    "one tower by slice": (lambda x, y: jnp.concatenate([x, y])[x.shape[0] : 2 * x.shape[0]], (X, Y), (), [Batched]),
+    "iota along a tower": (
+        lambda x, y: jnp.concatenate([x[:, 0], y[:, 0]]) + jnp.ones(2 * x.shape[0]),
+        (X, Y),
+        (),
+        [Batched],
+    ),
     # of partial reductions
     "all of partial": (lambda t: t.sum(0).T.reshape(2, 10)[:, ::-1][1:, 2:8][None], (T,), (), [Partial]),
     "pad partial": (lambda x: jnp.pad(x.sum(0), 2), (X,), (), [Partial]),
@@ -92,13 +115,17 @@ LEGAL = {
     "broadcast partial": (lambda x: jnp.broadcast_to(x.sum(0), (3, 4)), (X,), (), [Partial]),
     "broadcast to the batch": (lambda x: x - jnp.broadcast_to(x.sum(0), x.shape), (X,), (), [Batched]),
     # where sizes of the batch meet invariant values
-    "invariant rows by batch size": (lambda x, w: w[x.shape[0] - 4:] + x.sum(), (X,), (RNG.normal(size=8),), None),
+    "invariant rows by batch size": (lambda x, w: w[x.shape[0] - 4 :] + x.sum(), (X,), (RNG.normal(size=8),), None),
     "invariant row": (lambda x, w: w[x.shape[0] - 1] + x.sum(), (X,), (RNG.normal(size=8),), None),
-    "partial row": (lambda t: t.sum(0)[t.shape[0] - 2: t.shape[0] - 1], (T,), (), [Partial]),
-    "pad invariant": (lambda x, w: lax.pad(w, 0.0, ((x.shape[0], 2 - x.shape[0], 0),)) + x.sum(),
-                      (X,), (RNG.normal(size=8),), None),
+    "partial row": (lambda t: t.sum(0)[t.shape[0] - 2 : t.shape[0] - 1], (T,), (), [Partial]),
+    "pad invariant": (
+        lambda x, w: lax.pad(w, 0.0, ((x.shape[0], 2 - x.shape[0], 0),)) + x.sum(),
+        (X,),
+        (RNG.normal(size=8),),
+        None,
+    ),
     "rows of a table": (lambda x, w: x + w[: x.shape[0]], (X,), (RNG.normal(size=(8, 4)),), [Batched]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LEGAL)

@@ -115,7 +115,7 @@ def _scatter(eqn: Eqn, types: Sequence[BatchType]) -> list[BatchType]:
 
 
 def _scatter_from_batch(eqn: Eqn, types: Sequence[BatchType], neutral: bool) -> BatchType:
-    """Examples' updates to a value that all share: legal where they add to a partial sum, as embeddings' gradients do."""
+    """Examples' updates to a value that all share: legal where they add to a partial sum, as for an embedding."""
     operand, indices, updates = types
     assert isinstance(updates, Batched)
     window = eqn.params["dimension_numbers"].update_window_dims
@@ -167,9 +167,8 @@ def _dynamic_slice(eqn: Eqn, types: Sequence[BatchType]) -> list[BatchType]:
     operand, *starts = types
     if partial_indices(starts):
         raise Incomplete(partial_indices(types))
-    if isinstance(operand, Batched):
-        if eqn.params["slice_sizes"][operand.dim] != eqn.inputs[0].shape[operand.dim]:
-            raise Coupling("takes particular examples of the batch")
+    if isinstance(operand, Batched) and eqn.params["slice_sizes"][operand.dim] != eqn.inputs[0].shape[operand.dim]:
+        raise Coupling("takes particular examples of the batch")
     return [operand]
 
 

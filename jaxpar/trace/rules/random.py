@@ -10,7 +10,7 @@ from jaxpar.trace.rules.registry import common_layout, require_complete, rules_f
 from jaxpar.trace.types import BatchType, Coupling, Invariant
 
 _OWN_KEYS = "Give each example a key of its own: jax.vmap(draw)(jax.random.split(key, batch_size), ...)."
-_THREEFRY = "Use threefry keys (jax.random.key(seed, impl='threefry2x32')) for draws that each example makes on its own."
+_THREEFRY = "Use threefry keys (jax.random.key(seed, impl='threefry2x32')) for draws that examples make on their own."
 
 
 @rules_for("random_wrap", "random_unwrap", "random_seed", "random_clone")

@@ -85,7 +85,7 @@ def _top_k(eqn: Eqn, types: Sequence[BatchType]) -> list[BatchType]:
     return [t] * len(eqn.outputs)
 
 
-_WINDOWED = "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split()
+_WINDOWED = ("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
 
 @rules_for(*_WINDOWED)
@@ -110,5 +110,6 @@ def _check_window(eqn: Eqn, dim: int) -> None:
     p = eqn.params
     padding = p["padding"][dim] if p.get("padding") is not None else (0, 0)
     dilation = [p[k][dim] for k in ("base_dilation", "window_dilation") if p.get(k) is not None]
-    if p["window_dimensions"][dim] != 1 or p["window_strides"][dim] != 1 or tuple(padding) != (0, 0) or set(dilation) - {1}:
+    single = p["window_dimensions"][dim] == p["window_strides"][dim] == 1
+    if not single or tuple(padding) != (0, 0) or set(dilation) - {1}:
         raise Coupling("slides a window along the batch")

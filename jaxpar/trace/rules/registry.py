@@ -16,8 +16,8 @@ _BUILTIN: set[str] = set()
 
 PAIRS = "pairs examples with other examples of the batch"
 ADVICE_PAIRS = (
-    "Compare an example with what belongs to it: extra columns of the batch, or a bank kept in the state. If both sides "
-    "hold the same examples in another order (time-major against batch-major), transpose before you merge dimensions."
+    "Compare an example with what belongs to it: extra columns of the batch, or a bank kept in the state. If both "
+    "sides hold the same examples in another order (time-major, batch-major), transpose before you merge dimensions."
 )
 
 

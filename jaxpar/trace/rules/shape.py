@@ -8,10 +8,9 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from jaxpar.trace.ir import Eqn, Size
+from jaxpar.trace.ir import Dim, Eqn, Size
 from jaxpar.trace.rules.registry import common_layout, partial_if_linear, partial_indices, require_complete, rules_for
 from jaxpar.trace.types import Batched, BatchType, Coupling, Incomplete, Invariant, Partial, UsesPositions
-
 
 _JOINED = "joins the examples' positions with other data"
 
@@ -37,8 +36,8 @@ def _reshape(eqn: Eqn, types: Sequence[BatchType]) -> list[BatchType]:
     if len(dims) != 1:
         raise Coupling("reshapes the batch into several dimensions")
     dim = dims[0]
-    head, tail = math.prod(after[:dim]), math.prod(after[dim + 1 :])
-    pre, post = math.prod(before[: t.dim]), math.prod(before[t.dim + 1 :])
+    head, tail = _count(after[:dim]), _count(after[dim + 1 :])
+    pre, post = _count(before[: t.dim]), _count(before[t.dim + 1 :])
     size = after[dim]
     assert isinstance(size, Size)
     if 0 in (head, tail) or (t.uniform and head % pre == 0 and tail % post == 0):
@@ -52,9 +51,14 @@ def _reshape(eqn: Eqn, types: Sequence[BatchType]) -> list[BatchType]:
             raise Coupling(_JOINED)
         kept = [i for i, d in enumerate(before) if d != 1].index(axis)
         return [Batched(dim, 1, 1, ([i for i, d in enumerate(after) if d != 1][kept], slots))]
-    if t.holds_positions and (outer, inner) != (1, 1):
+    if t.holds_positions and not outer == inner == 1:
         raise UsesPositions
     return [Batched(dim, int(outer), int(inner), t.positions)]
+
+
+def _count(dims: Sequence[Dim]) -> int:
+    """The number of elements of dimensions that don't grow with the batch."""
+    return math.prod(d for d in dims if isinstance(d, int))
 
 
 @rules_for("transpose", positions=True)
@@ -189,7 +193,8 @@ def _concatenate(eqn: Eqn, types: Sequence[BatchType]) -> list[BatchType]:
     if axis == batched[0].dim:
         return [_join_towers(eqn, types)]
     layout = common_layout(types)
-    slots, start = set(), 0
+    slots: set[int] = set()
+    start = 0
     for atom, t in zip(eqn.inputs, types, strict=True):
         width = atom.shape[axis]
         if isinstance(t, Batched) and t.positions == "all":

@@ -1,0 +1,174 @@
+"""The whole pass: from a function and the shapes of its arguments to a jitted step on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxpar import _jax
+from jaxpar.arguments import Arguments, NewState, OutputTree, match_state_outputs
+from jaxpar.errors import PlanError, TraceError
+from jaxpar.lower import Axes, Machine, PlacedState, StateLayout, build_machine, build_step, keep_axes, make_layout
+from jaxpar.plan import Plan, Roofline, plan_stages
+from jaxpar.schedule import StageCosts, StageDag, Timetable, make_timetable, simulate
+from jaxpar.trace import Program, make_program, trace_size
+
+Spec = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    num_microbatches: int
+    schedule: str | Timetable | Callable[..., Timetable]
+    schedule_options: Mapping[str, Any]
+    cuts: Sequence[str] | None
+    state_of: Any  # PipelinedStep | None
+    new_state: NewState
+    donate: bool
+
+    def __post_init__(self) -> None:
+        if self.num_microbatches < 1:
+            raise PlanError(f"num_microbatches is {self.num_microbatches}; it must be at least 1.")
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """Everything about the step for arguments of one shape."""
+
+    arguments: Arguments
+    program: Program
+    plan: Plan
+    timetable: Timetable
+    machine: Machine
+    layouts: tuple[StateLayout, ...]
+    output_tree: OutputTree
+    jitted: Any
+
+    @property
+    def updated(self) -> tuple[int, ...]:
+        """Positions of the state arguments that have a new value."""
+        return self.output_tree.updated
+
+
+def run_passes(
+    arguments: Arguments,
+    specs: Sequence[Spec],
+    mesh: Mesh,
+    axes: Axes,
+    options: Options,
+    layouts: tuple[StateLayout, ...] | None,
+) -> Built:
+    """trace, plan, schedule, lower.
+
+    Args:
+        arguments: shapes and roles of the flat arguments.
+        specs: each leaf's sharding over the axes that are left to the compiler.
+        layouts: where the state is, if it is placed already: the plan then follows it.
+    """
+    microbatch = microbatch_size(arguments, axes, options.num_microbatches)
+    platform = mesh.devices.flat[0].platform
+    sizes = (arguments.num_examples, trace_size(arguments.num_examples, microbatch))
+    (whole, shapes), (small, _) = map(arguments.trace, sizes)
+    program = make_program(whole, small, sizes, arguments.names, arguments.roles)
+    outputs = match_state_outputs(arguments, shapes, program.carries_over, options.new_state)
+    plan = plan_stages(
+        program,
+        axes.num_ranks,
+        microbatch,
+        Roofline.for_platform(platform),
+        judge=lambda dag, costs: _simulated_seconds(options, dag, costs),
+        updated=_updated_inputs(arguments, outputs),
+        cuts=options.cuts,
+        owners=_owners(arguments, layouts) if layouts is not None else None,
+    )
+    dag = plan.graph.dag(axes.num_ranks)
+    timetable = make_timetable(options.schedule, dag, options.num_microbatches, **options.schedule_options)
+    if layouts is None:
+        layouts = _lay_out(arguments, plan, specs, mesh, axes)
+    staged = _jax.copies_rings(platform)
+    machine = build_machine(program, plan.graph, timetable, axes, microbatch, layouts, outputs.state_outputs, staged)
+    jitted = _jit(build_step(machine, mesh), outputs.updated, options.donate)
+    return Built(arguments, program, plan, timetable, machine, layouts, outputs, jitted)
+
+
+def microbatch_size(arguments: Arguments, axes: Axes, count: int) -> int:
+    """Examples in one micro-batch on one replica.
+
+    Raises: TraceError where the batch doesn't split evenly.
+    """
+    total, step = arguments.num_examples, axes.replicas * count
+    if total % step:
+        batch = [
+            name
+            for name, role, x in zip(arguments.names, arguments.roles, arguments.leaves, strict=True)
+            if role == "batch" and x.shape
+        ]
+        below = total // step * step
+        replicas = f"{axes.replicas} replica{'s' * (axes.replicas > 1)}"
+        raise TraceError(
+            f"the batch ({batch[0]}{', ...' if len(batch) > 1 else ''}) has {total} examples, which don't split evenly into "
+            f"{count} micro-batches on {replicas}: the batch size must be a multiple of {step}, such as "
+            f"{f'{below} or ' if below else ''}{below + step}."
+        )
+    return total // step
+
+
+def _simulated_seconds(options: Options, dag: StageDag, costs: StageCosts) -> float:
+    """The makespan of a candidate plan. A timetable made by hand fits one plan only: plans are compared under 1F1B."""
+    by_hand = isinstance(options.schedule, Timetable)
+    schedule = "1f1b" if by_hand else options.schedule
+    extra = {} if by_hand else options.schedule_options
+    return simulate(make_timetable(schedule, dag, options.num_microbatches, **extra), costs).makespan
+
+
+def _lay_out(
+    arguments: Arguments, plan: Plan, specs: Sequence[Spec], mesh: Mesh, axes: Axes
+) -> tuple[StateLayout, ...]:
+    """A layout for each state argument."""
+    state, homes = arguments.leaves_of("state"), plan.homes
+    layouts, start = [], 0
+    for i in arguments.signature.state_argnums:
+        tree = arguments.trees[i]
+        mine = state[start : start + tree.num_leaves]
+        start += tree.num_leaves
+        leaves = [(arguments.names[j], arguments.leaves[j].shape, arguments.leaves[j].dtype, specs[j]) for j in mine]
+        ranks = [homes.stage[j] for j in mine]
+        order = {k: homes.order.get(j, (0, j)) for k, j in enumerate(mine)}
+        layouts.append(make_layout(mesh, axes.stage, (tree,), leaves, ranks, order))
+    return tuple(layouts)
+
+
+def _owners(arguments: Arguments, layouts: Sequence[StateLayout]) -> dict[int, int | None]:
+    leaves = [leaf for layout in layouts for leaf in layout.leaves]
+    return {i: leaf.rank for i, leaf in zip(arguments.leaves_of("state"), leaves, strict=True)}
+
+
+def _updated_inputs(arguments: Arguments, outputs: OutputTree) -> dict[int, int]:
+    """Index of the output that is the new value of a state input, by the input's index."""
+    state = arguments.leaves_of("state")
+    return {state[leaf]: out for out, leaf in outputs.state_outputs.items()}
+
+
+def free_spec(x: Any, axes: Axes) -> Spec:
+    """A leaf's sharding over the axes that are left to the compiler, as the user has it."""
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return ()
+    entries = [keep_axes(entry, axes.manual) for entry in sharding.spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
+
+
+def _jit(step: Callable[..., Any], updated: Sequence[int], donate: bool) -> Any:
+    def run(donated: Sequence[PlacedState], kept: Sequence[PlacedState], shared: Sequence[Any], batch: Sequence[Any]) -> Any:
+        states: dict[int, PlacedState] = dict(zip(updated, donated, strict=True)) if donated else {}
+        rest = iter(kept)
+        count = len(donated) + len(kept)
+        return step([states[k] if k in states else next(rest) for k in range(count)], shared, batch)
+
+    return jax.jit(run, donate_argnums=(0,) if donate else ())

@@ -1,0 +1,330 @@
+"""A pipelined step: what the user calls, and looks into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpar.arguments import Signature, read_arguments
+from jaxpar.errors import JaxparError, LowerError
+from jaxpar.lower import (
+    Axes,
+    MemoryEstimate,
+    PlacedState,
+    StateLayout,
+    estimate_memory,
+    gather_leaves,
+    init_leaves,
+    place_leaves,
+)
+from jaxpar.passes import Built, Options, free_spec, run_passes
+from jaxpar.plan import Plan
+from jaxpar.schedule import Timetable
+from jaxpar.show import explain_step
+from jaxpar.trace import Program, abstract_args
+
+P = PartitionSpec
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class PendingState:
+    """State that will be placed at the step's first call, when the batch's shape is known."""
+
+    tree: Any
+    make: Callable[[], Any] | None = None  # for `init`: what creates it
+
+    def tree_flatten(self) -> tuple[tuple[Any], Any]:
+        return (self.tree,), self.make
+
+    @classmethod
+    def tree_unflatten(cls, make: Any, children: tuple[Any]) -> PendingState:
+        return cls(children[0], make)
+
+    def __repr__(self) -> str:
+        return f"PendingState({len(jax.tree.leaves(self.tree))} leaves, placed at the first step)"
+
+
+class PipelinedStep:
+    """A pipelined step: call it like the function that it was made from. See `parallelize`."""
+
+    def __init__(self, signature: Signature, mesh: Mesh, axes: Axes, options: Options):
+        self._signature, self._axes, self._options = signature, axes, options
+        self._mesh = Mesh(mesh.devices, mesh.axis_names)  # with axes that are left to the compiler
+        self._built: dict[Any, Built] = {}
+        self._layouts: tuple[StateLayout, ...] | None = None
+        self._last: Built | None = None
+        self.__name__ = signature.name
+        self.__doc__ = signature.fun.__doc__
+        self.__wrapped__ = signature.fun
+
+    def __repr__(self) -> str:
+        mesh = " x ".join(f"{n} {a}" for a, n in self._mesh.shape.items())
+        return f"PipelinedStep({self._signature.name}, {mesh}, {self._options.num_microbatches} micro-batches)"
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = self._signature.normalise(args, kwargs)
+        built = self._prepare(args)
+        placed = self._placed_arguments(built, args)
+        return self._finish(built, *built.jitted(*placed))
+
+    def _finish(self, built: Built, states: Sequence[PlacedState], outputs: Sequence[Any]) -> Any:
+        rest = iter([x for i, x in enumerate(outputs) if i not in built.machine.outputs.state])
+        by_argument = dict(zip(built.updated, states, strict=True))
+        leaves = [by_argument[mark] if mark >= 0 else next(rest) for mark in built.output_tree.marks]
+        return jax.tree.unflatten(built.output_tree.tree, leaves)
+
+    def _placed_arguments(self, built: Built, args: Sequence[Any]) -> tuple[list, list, list, list]:
+        """(states to be donated, other states, shared leaves, batch leaves), on the mesh."""
+        nums = self._signature.state_argnums
+        states = [self._placed(built.layouts[k], args[i], self._signature.argument_name(i)) for k, i in enumerate(nums)]
+        everywhere = NamedSharding(self._mesh, P())
+        rows = NamedSharding(self._mesh, P(self._axes.data))
+        shared: list[Any] = []
+        batch: list[Any] = []
+        for i, arg in enumerate(args):
+            if i in nums or i in self._signature.static_argnums:
+                continue
+            for leaf in jax.tree.leaves(arg):
+                is_rows = i in self._signature.batch_argnums and np.ndim(leaf) > 0
+                (batch if is_rows else shared).append(jax.device_put(leaf, rows if is_rows else everywhere))
+        donated = [states[k] for k in built.updated] if self._options.donate else []
+        kept = [s for k, s in enumerate(states) if not self._options.donate or k not in built.updated]
+        return donated, kept, shared, batch
+
+    def _placed(self, layout: StateLayout, state: Any, name: str) -> PlacedState:
+        if isinstance(state, PendingState):
+            return state.make() if state.make is not None else place_leaves(layout, jax.tree.leaves(state.tree))
+        if not isinstance(state, PlacedState):
+            return place_leaves(layout, jax.tree.leaves(state))
+        self._check_placed(layout, state, name)
+        return state
+
+    def _check_placed(self, layout: StateLayout, state: PlacedState, name: str) -> None:
+        if state.layout != layout:
+            theirs, ours = dict(state.layout.mesh.shape), dict(layout.mesh.shape)
+            why = f"on another mesh ({theirs}, this step's is {ours})" if theirs != ours else "by another step or plan"
+            raise LowerError(
+                f"{name} was placed {why}, so its leaves aren't where {self.__name__} looks for them. Gather it with the step "
+                "that placed it (`old_step.gather(state)`) and place it anew, or make this step with state_of=old_step."
+            )
+        if state.is_deleted:
+            raise LowerError(
+                f"{name} was donated to a step that has run since: its buffers are gone. Use the state that the step returned, "
+                "or make the step with donate=False."
+            )
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def place(self, *states: Any) -> Any:
+        """Put each state argument's leaves on the ranks that own them.
+
+        Before the step has seen a batch it can't know where they belong: then the state is marked, and placed at the first call.
+
+        Args:
+            states: one for each of `state_argnums`.
+
+        Returns: a `PlacedState` (or `PendingState`) for each; not a tuple if there is one.
+        """
+        self._check_states(states)
+        layouts = self._known_layouts()
+        if layouts is None:
+            return _single([PendingState(s) for s in states])
+        for layout, state, i in zip(layouts, states, self._signature.state_argnums, strict=True):
+            self._check_tree(layout, state, self._signature.argument_name(i))
+        return _single([place_leaves(layout, jax.tree.leaves(s)) for layout, s in zip(layouts, states, strict=True)])
+
+    def gather(self, *states: Any) -> Any:
+        """The user's own pytrees back, as NumPy arrays on the host (PRNG keys as key arrays)."""
+        self._check_states(states)
+        return _single([_gather(s) for s in states])
+
+    def init(self, init_fn: Callable[..., Any], *args: Any) -> Any:
+        """Create the state on its ranks: each rank runs the part of `init_fn(*args)` that makes its own leaves.
+
+        Args:
+            init_fn: returns the state; a tuple of them if the step has several state arguments.
+            args: arrays; every rank gets them.
+
+        Returns: as `place`.
+        """
+        shapes = jax.eval_shape(init_fn, *args)
+        states = shapes if len(self._signature.state_argnums) > 1 else (shapes,)
+        self._check_states(states)
+        if (layouts := self._known_layouts()) is not None:
+            for layout, state, i in zip(layouts, states, self._signature.state_argnums, strict=True):
+                self._check_tree(layout, state, self._signature.argument_name(i))
+            return _single(init_leaves(layouts, self._axes, init_fn, args))
+
+        def make(k: int) -> PlacedState:
+            found = self._known_layouts()
+            assert found is not None
+            return init_leaves(found, self._axes, init_fn, args)[k]
+
+        return _single([PendingState(s, partial(make, k)) for k, s in enumerate(states)])
+
+    def _known_layouts(self) -> tuple[StateLayout, ...] | None:
+        if self._layouts is None and self._options.state_of is not None:
+            return self._options.state_of._known_layouts()
+        return self._layouts
+
+    def _check_states(self, states: Sequence[Any]) -> None:
+        if len(states) != len(self._signature.state_argnums):
+            raise LowerError(
+                f"{self.__name__} has {len(self._signature.state_argnums)} state arguments (state_argnums="
+                f"{self._signature.state_argnums}), but {len(states)} states were given."
+            )
+
+    def _check_tree(self, layout: StateLayout, state: Any, name: str) -> None:
+        leaves, tree = jax.tree.flatten(abstract_args(state))
+        if (tree,) != layout.trees:
+            raise LowerError(f"{name} has another tree than the state that {self.__name__} was planned for:\n  {tree}\ninstead of\n  {layout.trees[0]}")
+        wrong = [
+            f"  {leaf.name} : {x.dtype}{list(x.shape)} instead of {leaf.dtype}{list(leaf.shape)}"
+            for leaf, x in zip(layout.leaves, leaves, strict=True)
+            if x.shape != leaf.shape or x.dtype != leaf.dtype
+        ]
+        if wrong:
+            raise LowerError(f"leaves of {name} differ from what {self.__name__} was planned for:\n" + "\n".join(wrong))
+
+    # -- looking inside --------------------------------------------------------------------------------------------
+
+    def trace(self, *args: Any, **kwargs: Any) -> Program:
+        """The step as a typed program. Arguments may be `jax.ShapeDtypeStruct`s, here and below."""
+        return self._examine(args, kwargs).program
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The stages and what they cost."""
+        return self._examine(args, kwargs).plan
+
+    def timetable(self, *args: Any, **kwargs: Any) -> Timetable:
+        """Which rank does what in which tick."""
+        return self._examine(args, kwargs).timetable
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """The plan, the timetable's cost, and the memory, in words and tables."""
+        built = self._examine(args, kwargs)
+        return explain_step(built.program, built.plan, built.timetable, built.machine)
+
+    def memory(self, *args: Any, **kwargs: Any) -> MemoryEstimate:
+        """Bytes that must be in memory on each device, counted from the plan and the timetable."""
+        return estimate_memory(self._examine(args, kwargs).machine)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+        """The step, lowered for its mesh ahead of time; `.compile()` compiles it."""
+        built = self._examine(args, kwargs)
+        return Lowered(self, built, built.jitted.lower(*self._abstract_arguments(built)))
+
+    def _abstract_arguments(self, built: Built) -> tuple[list, list, list, list]:
+        everywhere = NamedSharding(self._mesh, P())
+        rows = NamedSharding(self._mesh, P(self._axes.data))
+        shared, batch = [], []
+        for x, role in zip(built.arguments.leaves, built.arguments.roles, strict=True):
+            if role == "batch" and x.shape:
+                batch.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows))
+            elif role != "state":
+                shared.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere, weak_type=x.weak_type))
+        states = [layout.abstract() for layout in built.layouts]
+        donated = [states[k] for k in built.updated] if self._options.donate else []
+        kept = [s for k, s in enumerate(states) if not self._options.donate or k not in built.updated]
+        return donated, kept, shared, batch
+
+    def _examine(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Built:
+        if not args and not kwargs:
+            if self._last is None:
+                raise JaxparError(f"{self.__name__} has not run yet, so its arguments' shapes are unknown: pass them.")
+            return self._last
+        return self._prepare(self._signature.normalise(args, kwargs))
+
+    def _prepare(self, args: Sequence[Any]) -> Built:
+        arguments = read_arguments(self._signature, [_user_tree(a) for a in args])
+        if arguments.key not in self._built:
+            other = self._options.state_of
+            if other is not None and other._known_layouts() is None:
+                raise JaxparError(
+                    f"{self.__name__} reads the state where {other.__name__} placed it, but {other.__name__} hasn't been planned: "
+                    f"call it, or {other.__name__}.plan(...), first."
+                )
+            leaves = [x for a, tree in zip(args, arguments.trees, strict=True) if tree is not None for x in _user_leaves(a)]
+            specs = [free_spec(x, self._axes) for x in leaves]
+            built = run_passes(arguments, specs, self._mesh, self._axes, self._options, self._known_layouts())
+            self._built[arguments.key], self._layouts = built, built.layouts
+        self._last = self._built[arguments.key]
+        return self._last
+
+
+def _single(values: Sequence[Any]) -> Any:
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _user_tree(arg: Any) -> Any:
+    """The user's own form of a state argument, as shapes where it is placed."""
+    if isinstance(arg, PendingState):
+        return arg.tree
+    if isinstance(arg, PlacedState):
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in arg.layout.leaves]
+        return jax.tree.unflatten(arg.layout.trees[0], shapes)
+    return arg
+
+
+def _user_leaves(arg: Any) -> list[Any]:
+    return jax.tree.leaves(_user_tree(arg))
+
+
+def _gather(state: Any) -> Any:
+    if isinstance(state, PendingState):
+        if state.make is None:
+            return state.tree
+        state = state.make()
+    if not isinstance(state, PlacedState):
+        raise LowerError(f"gather takes what place or the step returned, not a {type(state).__name__}.")
+    return jax.tree.unflatten(state.layout.trees[0], gather_leaves(state))
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A step lowered for its mesh, in the manner of `jax.stages.Lowered`."""
+
+    step: PipelinedStep
+    built: Built
+    lowered: Any
+
+    @property
+    def num_programs(self) -> int:
+        """Distinct programs of stages' actions: equal stages share theirs."""
+        return self.built.machine.num_stage_programs
+
+    def as_text(self) -> str:
+        return self.lowered.as_text()
+
+    def compile(self) -> Compiled:
+        return Compiled(self.step, self.built, self.lowered.compile())
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A compiled step, in the manner of `jax.stages.Compiled`: call it like the step."""
+
+    step: PipelinedStep
+    built: Built
+    compiled: Any
+
+    def __call__(self, *args: Any) -> Any:
+        return self.step._finish(self.built, *self.compiled(*self.step._placed_arguments(self.built, args)))
+
+    def as_text(self) -> str:
+        return self.compiled.as_text()
+
+    def memory_analysis(self) -> Any:
+        return self.compiled.memory_analysis()
+
+    def cost_analysis(self) -> Any:
+        return self.compiled.cost_analysis()
