@@ -32,7 +32,7 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") and hasattr(value, "invars") or isinstance(value, jex_core.ClosedJaxpr)
+    return (hasattr(value, "eqns") and hasattr(value, "invars")) or isinstance(value, jex_core.ClosedJaxpr)
 
 
 class InlinedCall(NamedTuple):

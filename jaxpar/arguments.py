@@ -25,17 +25,32 @@ class Signature:
     batch_argnums: tuple[int, ...]
     static_argnums: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        seen: dict[int, str] = {}
+        for what in ("state_argnums", "batch_argnums", "static_argnums"):
+            for i in getattr(self, what):
+                if i < 0:
+                    raise TraceError(f"{what} has {i}: the arguments of {self.name} are counted from 0.")
+                if i in seen:
+                    raise TraceError(
+                        f"{self.argument_name(i)} (argument {i} of {self.name}) is in {seen[i]} and in {what}; an "
+                        f"argument is one "
+                        "of them, or none if it is an array that is the same for all examples."
+                    )
+                seen[i] = what
+
     def normalise(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Positional arguments, with those given by name and defaults filled in."""
         if not kwargs:
             self._check_count(args)
             return tuple(args)
         bound = inspect.signature(self.fun).bind(*args, **kwargs)
-        bound.apply_defaults()
         if bound.kwargs:
             raise TraceError(
-                f"{self.name} has keyword-only arguments ({', '.join(bound.kwargs)}); a pipelined step takes positional ones."
+                f"{self.name} has keyword-only arguments ({', '.join(bound.kwargs)}); a pipelined step takes "
+                f"positional ones."
             )
+        bound.apply_defaults()
         self._check_count(bound.args)
         return bound.args
 
@@ -115,7 +130,7 @@ def read_arguments(signature: Signature, args: Sequence[Any]) -> Arguments:
     for i, arg in enumerate(args):
         if i in signature.static_argnums:
             trees.append(None)
-            static.append((i, arg))
+            static.append((i, _check_static(signature, i, arg)))
             continue
         flat, tree = jax.tree_util.tree_flatten_with_path(arg)
         trees.append(tree)
@@ -126,6 +141,18 @@ def read_arguments(signature: Signature, args: Sequence[Any]) -> Arguments:
             roles.append(signature.role(i))
     num_examples = _common_size(signature, leaves, names, roles)
     return Arguments(signature, tuple(trees), tuple(static), tuple(leaves), tuple(names), tuple(roles), num_examples)
+
+
+def _check_static(signature: Signature, index: int, value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError as error:
+        raise TraceError(
+            f"{signature.argument_name(index)} is static, and so has to be hashable, but it is a "
+            f"{type(value).__name__}. Pass "
+            "something that can't change, such as a tuple or a frozen dataclass."
+        ) from error
+    return value
 
 
 def _abstract_leaf(name: str, leaf: Any, role: Role) -> jax.ShapeDtypeStruct:
@@ -147,25 +174,48 @@ def _common_size(
     if not arrays:
         which = ", ".join(signature.argument_name(i) for i in signature.batch_argnums)
         raise TraceError(
-            f"the batch ({which}) has no array with a leading dimension, so there are no examples to make micro-batches of. "
+            f"the batch ({which}) has no array with a leading dimension, so there are no examples to make "
+            f"micro-batches of. "
             f"batch_argnums={signature.batch_argnums} says which arguments are the batch."
         )
     sizes = {x.shape[0] for _, x in arrays}
     if len(sizes) > 1:
         table = "\n".join(f"  {n} : {x.dtype}{list(x.shape)}" for n, x in arrays)
         raise TraceError(
-            f"the arrays of the batch don't share their leading size, the number of examples: {sorted(sizes)}.\n{table}\n"
+            f"the arrays of the batch don't share their leading size, the number of examples: "
+            f"{sorted(sizes)}.\n{table}\n"
             "Pass what isn't one row per example as another argument of the step."
         )
+    if sizes == {0}:
+        raise TraceError(
+            f"the batch ({arrays[0][0]} : {arrays[0][1].dtype}{list(arrays[0][1].shape)}) has no examples."
+        )
     return sizes.pop()
+
+
+def compare_leaves(name: str, state: Any, expected: Any) -> list[str]:
+    """Lines that say which leaves of a state are not as expected: other paths, shapes or dtypes."""
+    found, wanted = (
+        {f"{name}{keystr(path)}": x for path, x in jax.tree_util.tree_flatten_with_path(abstract_args(tree))[0]}
+        for tree in (state, expected)
+    )
+    lines = [f"  {path} : not expected" for path in found if path not in wanted]
+    lines += [f"  {path} : missing" for path in wanted if path not in found]
+    if not lines and list(found) != list(wanted):
+        lines.append(f"  {name} : its leaves are in another order")
+    return lines + [
+        f"  {path} : {x.dtype}{list(x.shape)} instead of {wanted[path].dtype}{list(wanted[path].shape)}"
+        for path, x in found.items()
+        if path in wanted and (x.shape, x.dtype) != (wanted[path].shape, wanted[path].dtype)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
 class OutputTree:
     """The step's output, with one leaf in place of each new state.
 
-    `marks[i]`: position in `state_argnums` of the state argument whose new value leaf i is, or -1. `state_outputs`: number of the
-    state input by index of the program's output.
+    `marks[i]`: position in `state_argnums` of the state argument whose new value leaf i is, or -1. `state_outputs`:
+    number of the state input by index of the program's output.
     """
 
     tree: Any
@@ -185,8 +235,8 @@ def match_state_outputs(
 ) -> OutputTree:
     """Find the new state among the outputs.
 
-    "auto": a subtree with the tree, shapes and dtypes of a state argument, some leaf of which is computed from its own old
-    value by the update (gradients returned as they are have the same tree, but are no new state).
+    "auto": a subtree with the tree, shapes and dtypes of a state argument, some leaf of which is computed from its
+    own old value by the update (gradients returned as they are have the same tree, but are no new state).
 
     Args:
         outputs: the output as a tree of shapes.
@@ -227,7 +277,8 @@ def match_state_outputs(
             state_outputs.update({start + j: first + j for j in range(len(leaves))})
     if chosen is not None and len(taken) != len(chosen):
         raise TraceError(
-            f"new_state picks {len(chosen)} subtrees of {arguments.signature.name}'s output, but only {len(taken)} of them have "
+            f"new_state picks {len(chosen)} subtrees of {arguments.signature.name}'s output, but only {len(taken)} "
+            f"of them have "
             "the tree, shapes and dtypes of the state arguments, in the order of state_argnums."
         )
     return OutputTree(tree, tuple(marks), state_outputs)

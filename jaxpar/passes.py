@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import _jax
@@ -31,8 +32,8 @@ class Options:
     donate: bool
 
     def __post_init__(self) -> None:
-        if self.num_microbatches < 1:
-            raise PlanError(f"num_microbatches is {self.num_microbatches}; it must be at least 1.")
+        if not isinstance(self.num_microbatches, int | np.integer) or self.num_microbatches < 1:
+            raise PlanError(f"num_microbatches is {self.num_microbatches}; it must be a whole number, at least 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,8 @@ def microbatch_size(arguments: Arguments, axes: Axes, count: int) -> int:
         below = total // step * step
         replicas = f"{axes.replicas} replica{'s' * (axes.replicas > 1)}"
         raise TraceError(
-            f"the batch ({batch[0]}{', ...' if len(batch) > 1 else ''}) has {total} examples, which don't split evenly into "
+            f"the batch ({batch[0]}{', ...' if len(batch) > 1 else ''}) has {total} examples, which don't split "
+            f"evenly into "
             f"{count} micro-batches on {replicas}: the batch size must be a multiple of {step}, such as "
             f"{f'{below} or ' if below else ''}{below + step}."
         )
@@ -165,7 +167,9 @@ def free_spec(x: Any, axes: Axes) -> Spec:
 
 
 def _jit(step: Callable[..., Any], updated: Sequence[int], donate: bool) -> Any:
-    def run(donated: Sequence[PlacedState], kept: Sequence[PlacedState], shared: Sequence[Any], batch: Sequence[Any]) -> Any:
+    def run(
+        donated: Sequence[PlacedState], kept: Sequence[PlacedState], shared: Sequence[Any], batch: Sequence[Any]
+    ) -> Any:
         states: dict[int, PlacedState] = dict(zip(updated, donated, strict=True)) if donated else {}
         rest = iter(kept)
         count = len(donated) + len(kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpar.arguments import Signature, read_arguments
+from jaxpar.arguments import Arguments, Signature, compare_leaves, read_arguments
 from jaxpar.errors import JaxparError, LowerError
 from jaxpar.lower import (
     Axes,
@@ -27,7 +27,7 @@ from jaxpar.passes import Built, Options, free_spec, run_passes
 from jaxpar.plan import Plan
 from jaxpar.schedule import Timetable
 from jaxpar.show import explain_step
-from jaxpar.trace import Program, abstract_args
+from jaxpar.trace import Program
 
 P = PartitionSpec
 
@@ -38,7 +38,7 @@ class PendingState:
     """State that will be placed at the step's first call, when the batch's shape is known."""
 
     tree: Any
-    make: Callable[[], Any] | None = None  # for `init`: what creates it
+    make: Callable[[Sequence[StateLayout], Axes], PlacedState] | None = None  # for `init`: what creates it
 
     def tree_flatten(self) -> tuple[tuple[Any], Any]:
         return (self.tree,), self.make
@@ -63,6 +63,7 @@ class PipelinedStep:
         self.__name__ = signature.name
         self.__doc__ = signature.fun.__doc__
         self.__wrapped__ = signature.fun
+        self._check_state_of()
 
     def __repr__(self) -> str:
         mesh = " x ".join(f"{n} {a}" for a, n in self._mesh.shape.items())
@@ -85,7 +86,7 @@ class PipelinedStep:
     def _placed_arguments(self, built: Built, args: Sequence[Any]) -> tuple[list, list, list, list]:
         """(states to be donated, other states, shared leaves, batch leaves), on the mesh."""
         nums = self._signature.state_argnums
-        states = [self._placed(built.layouts[k], args[i], self._signature.argument_name(i)) for k, i in enumerate(nums)]
+        states = [self._placed(built.layouts, k, args[i]) for k, i in enumerate(nums)]
         everywhere = NamedSharding(self._mesh, P())
         rows = NamedSharding(self._mesh, P(self._axes.data))
         shared: list[Any] = []
@@ -100,25 +101,31 @@ class PipelinedStep:
         kept = [s for k, s in enumerate(states) if not self._options.donate or k not in built.updated]
         return donated, kept, shared, batch
 
-    def _placed(self, layout: StateLayout, state: Any, name: str) -> PlacedState:
+    def _placed(self, layouts: Sequence[StateLayout], k: int, state: Any) -> PlacedState:
+        """State argument k, placed if it isn't yet."""
         if isinstance(state, PendingState):
-            return state.make() if state.make is not None else place_leaves(layout, jax.tree.leaves(state.tree))
+            if state.make is not None:
+                return state.make(layouts, self._axes)
+            state = state.tree
         if not isinstance(state, PlacedState):
-            return place_leaves(layout, jax.tree.leaves(state))
-        self._check_placed(layout, state, name)
+            return place_leaves(layouts[k], jax.tree.leaves(state))
+        self._check_placed(layouts[k], state, self._state_names[k])
         return state
 
     def _check_placed(self, layout: StateLayout, state: PlacedState, name: str) -> None:
         if state.layout != layout:
             theirs, ours = dict(state.layout.mesh.shape), dict(layout.mesh.shape)
-            why = f"on another mesh ({theirs}, this step's is {ours})" if theirs != ours else "by another step or plan"
+            why = "on other devices" if state.layout.mesh != layout.mesh else "by another step or plan"
+            why = f"on another mesh ({theirs}, this step's is {ours})" if theirs != ours else why
             raise LowerError(
-                f"{name} was placed {why}, so its leaves aren't where {self.__name__} looks for them. Gather it with the step "
+                f"{name} was placed {why}, so its leaves aren't where {self.__name__} looks for them. Gather it "
+                f"with the step "
                 "that placed it (`old_step.gather(state)`) and place it anew, or make this step with state_of=old_step."
             )
         if state.is_deleted:
             raise LowerError(
-                f"{name} was donated to a step that has run since: its buffers are gone. Use the state that the step returned, "
+                f"{name} was donated to a step that has run since: its buffers are gone. Use the state that the "
+                f"step returned, "
                 "or make the step with donate=False."
             )
 
@@ -127,25 +134,40 @@ class PipelinedStep:
     def place(self, *states: Any) -> Any:
         """Put each state argument's leaves on the ranks that own them.
 
-        Before the step has seen a batch it can't know where they belong: then the state is marked, and placed at the first call.
+        Before the step has seen a batch it can't know where they belong: then the state is marked, and placed at the
+        first call.
 
         Args:
-            states: one for each of `state_argnums`.
+            states: one for each of `state_argnums`. One that is placed already is checked, and stays as it is.
 
         Returns: a `PlacedState` (or `PendingState`) for each; not a tuple if there is one.
         """
         self._check_states(states)
         layouts = self._known_layouts()
         if layouts is None:
-            return _single([PendingState(s) for s in states])
-        for layout, state, i in zip(layouts, states, self._signature.state_argnums, strict=True):
-            self._check_tree(layout, state, self._signature.argument_name(i))
-        return _single([place_leaves(layout, jax.tree.leaves(s)) for layout, s in zip(layouts, states, strict=True)])
+            return _single([s if isinstance(s, PendingState | PlacedState) else PendingState(s) for s in states])
+        layouts = self._fit_layouts(layouts, [_user_tree(s) for s in states])
+        return _single([self._placed(layouts, k, s) for k, s in enumerate(states)])
 
     def gather(self, *states: Any) -> Any:
         """The user's own pytrees back, as NumPy arrays on the host (PRNG keys as key arrays)."""
         self._check_states(states)
-        return _single([_gather(s) for s in states])
+        return _single([self._gather(s) for s in states])
+
+    def _gather(self, state: Any) -> Any:
+        if isinstance(state, PendingState):
+            if state.make is None:
+                return state.tree
+            if (layouts := self._known_layouts()) is None:
+                raise LowerError(
+                    f"this state is not created yet: that happens at the first call of {self.__name__}, or of its "
+                    f"`plan` or "
+                    "`lower`, which know the batch's shape."
+                )
+            state = state.make(layouts, self._axes)
+        if not isinstance(state, PlacedState):
+            raise LowerError(f"gather takes what place or the step returned, not a {type(state).__name__}.")
+        return jax.tree.unflatten(state.layout.trees[0], gather_leaves(state))
 
     def init(self, init_fn: Callable[..., Any], *args: Any) -> Any:
         """Create the state on its ranks: each rank runs the part of `init_fn(*args)` that makes its own leaves.
@@ -160,14 +182,10 @@ class PipelinedStep:
         states = shapes if len(self._signature.state_argnums) > 1 else (shapes,)
         self._check_states(states)
         if (layouts := self._known_layouts()) is not None:
-            for layout, state, i in zip(layouts, states, self._signature.state_argnums, strict=True):
-                self._check_tree(layout, state, self._signature.argument_name(i))
-            return _single(init_leaves(layouts, self._axes, init_fn, args))
+            return _single(init_leaves(self._fit_layouts(layouts, states), self._axes, init_fn, args))
 
-        def make(k: int) -> PlacedState:
-            found = self._known_layouts()
-            assert found is not None
-            return init_leaves(found, self._axes, init_fn, args)[k]
+        def make(k: int, layouts: Sequence[StateLayout], axes: Axes) -> PlacedState:
+            return init_leaves(layouts, axes, init_fn, args)[k]
 
         return _single([PendingState(s, partial(make, k)) for k, s in enumerate(states)])
 
@@ -183,17 +201,34 @@ class PipelinedStep:
                 f"{self._signature.state_argnums}), but {len(states)} states were given."
             )
 
-    def _check_tree(self, layout: StateLayout, state: Any, name: str) -> None:
-        leaves, tree = jax.tree.flatten(abstract_args(state))
-        if (tree,) != layout.trees:
-            raise LowerError(f"{name} has another tree than the state that {self.__name__} was planned for:\n  {tree}\ninstead of\n  {layout.trees[0]}")
-        wrong = [
-            f"  {leaf.name} : {x.dtype}{list(x.shape)} instead of {leaf.dtype}{list(leaf.shape)}"
-            for leaf, x in zip(layout.leaves, leaves, strict=True)
-            if x.shape != leaf.shape or x.dtype != leaf.dtype
-        ]
+    @property
+    def _state_names(self) -> list[str]:
+        return [self._signature.argument_name(i) for i in self._signature.state_argnums]
+
+    def _fit_layouts(self, layouts: Sequence[StateLayout], states: Sequence[Any]) -> tuple[StateLayout, ...]:
+        """The layouts for states with the same leaves; what is static in their trees, such as functions, may differ."""
+        self._check_states(layouts)
+        pairs = list(zip(self._state_names, states, layouts, strict=True))
+        wrong = [line for name, state, layout in pairs for line in compare_leaves(name, state, layout.user_tree)]
         if wrong:
-            raise LowerError(f"leaves of {name} differ from what {self.__name__} was planned for:\n" + "\n".join(wrong))
+            more = [f"  ... and {len(wrong) - 12} more"] if len(wrong) > 12 else []
+            lines = "\n".join([*wrong[:12], *more])
+            raise LowerError(
+                f"the state differs from the one that {self.__name__} was planned for:\n{lines}\n"
+                "For a state of other shapes, make another step with jaxpar.parallelize."
+            )
+        return tuple(replace(layout, trees=(jax.tree.structure(state),)) for _, state, layout in pairs)
+
+    def _check_state_of(self) -> None:
+        other = self._options.state_of
+        if other is not None and (other._mesh != self._mesh or other._axes.stage != self._axes.stage):
+            raise LowerError(
+                f"{self.__name__} can't read the state of {other.__name__}, which is on another mesh or on other "
+                f"devices: "
+                f"{dict(other._mesh.shape)} with stages on {other._axes.stage!r}, against {dict(self._mesh.shape)} "
+                f"with stages "
+                f"on {self._axes.stage!r}. Make both with the same mesh."
+            )
 
     # -- looking inside --------------------------------------------------------------------------------------------
 
@@ -250,15 +285,26 @@ class PipelinedStep:
             other = self._options.state_of
             if other is not None and other._known_layouts() is None:
                 raise JaxparError(
-                    f"{self.__name__} reads the state where {other.__name__} placed it, but {other.__name__} hasn't been planned: "
+                    f"{self.__name__} reads the state where {other.__name__} placed it, but {other.__name__} hasn't "
+                    f"been planned: "
                     f"call it, or {other.__name__}.plan(...), first."
                 )
-            leaves = [x for a, tree in zip(args, arguments.trees, strict=True) if tree is not None for x in _user_leaves(a)]
+            leaves = [
+                x for a, tree in zip(args, arguments.trees, strict=True) if tree is not None for x in _user_leaves(a)
+            ]
             specs = [free_spec(x, self._axes) for x in leaves]
-            built = run_passes(arguments, specs, self._mesh, self._axes, self._options, self._known_layouts())
+            built = run_passes(arguments, specs, self._mesh, self._axes, self._options, self._layouts_for(arguments))
             self._built[arguments.key], self._layouts = built, built.layouts
         self._last = self._built[arguments.key]
         return self._last
+
+    def _layouts_for(self, arguments: Arguments) -> tuple[StateLayout, ...] | None:
+        if (layouts := self._known_layouts()) is None:
+            return None
+        leaves = iter([arguments.leaves[i] for i in arguments.leaves_of("state")])
+        trees = [arguments.trees[i] for i in self._signature.state_argnums]
+        states = [jax.tree.unflatten(tree, [next(leaves) for _ in range(tree.num_leaves)]) for tree in trees]
+        return self._fit_layouts(layouts, states)
 
 
 def _single(values: Sequence[Any]) -> Any:
@@ -270,8 +316,7 @@ def _user_tree(arg: Any) -> Any:
     if isinstance(arg, PendingState):
         return arg.tree
     if isinstance(arg, PlacedState):
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in arg.layout.leaves]
-        return jax.tree.unflatten(arg.layout.trees[0], shapes)
+        return arg.layout.user_tree
     return arg
 
 
@@ -279,23 +324,13 @@ def _user_leaves(arg: Any) -> list[Any]:
     return jax.tree.leaves(_user_tree(arg))
 
 
-def _gather(state: Any) -> Any:
-    if isinstance(state, PendingState):
-        if state.make is None:
-            return state.tree
-        state = state.make()
-    if not isinstance(state, PlacedState):
-        raise LowerError(f"gather takes what place or the step returned, not a {type(state).__name__}.")
-    return jax.tree.unflatten(state.layout.trees[0], gather_leaves(state))
-
-
 @dataclass(frozen=True, eq=False)
 class Lowered:
     """A step lowered for its mesh, in the manner of `jax.stages.Lowered`."""
 
     step: PipelinedStep
-    built: Built
-    lowered: Any
+    built: Built = field(repr=False)
+    lowered: Any = field(repr=False)
 
     @property
     def num_programs(self) -> int:
@@ -314,8 +349,8 @@ class Compiled:
     """A compiled step, in the manner of `jax.stages.Compiled`: call it like the step."""
 
     step: PipelinedStep
-    built: Built
-    compiled: Any
+    built: Built = field(repr=False)
+    compiled: Any = field(repr=False)
 
     def __call__(self, *args: Any) -> Any:
         return self.step._finish(self.built, *self.compiled(*self.step._placed_arguments(self.built, args)))

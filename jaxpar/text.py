@@ -23,6 +23,8 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     words = [all(not row[i][:1].isdigit() for row in rows) for i in range(len(widths))]
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, words, strict=True)).rstrip()
+        return "  ".join(
+            c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, words, strict=True)
+        ).rstrip()
 
     return "\n".join([line(rows[0]), *map(line, rows[1:])])

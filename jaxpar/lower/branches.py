@@ -1,8 +1,9 @@
 """Stage programs as branches of one switch.
 
-Each (stage, action) becomes a branch that reads its registers, rings and mailboxes, evaluates its equations, and writes. What
-differs between equal stages (which row, which micro-batch) comes from the timetable's table of registers, so equal stages
-share one branch, however many layers there are.
+Each (stage, action) becomes a branch that reads its registers, rings and mailboxes, evaluates its equations, and
+writes. What
+differs between equal stages (which row, which micro-batch) comes from the timetable's table of registers, so equal
+stages share one branch, however many layers there are.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def make_branch(graph: StageGraph, node: Node, rank: int, storage: Storage) -> B
                     ring_reads.append((v, columns_of("ring", b), storage.residuals.places[b][j]))
                 wanted.discard(v)
         if b.source == node and not b.travels:
-            ring_writes += [(v, columns_of("ring", b), p) for v, p in zip(b.values, storage.residuals.places[b], strict=True)]
+            ring_writes += [
+                (v, columns_of("ring", b), p) for v, p in zip(b.values, storage.residuals.places[b], strict=True)
+            ]
         if b.source == node and b.travels:
             box, edge = storage.mail.box_of[b], storage.mail.edge_of[b]
             places = storage.mail.boxes[box].packing.places[edge]
@@ -169,10 +172,13 @@ def run_branch(
     for v, leaf in branch.batch:
         env[v] = lax.dynamic_slice_in_dim(batch[leaf], registers[MICROBATCH] * rows.count, rows.count)
     for v, column, place in branch.ring_reads:
-        raw, carry["rings"][place.ring] = _read_ring(carry["rings"][place.ring], registers[column + place.column], place)
+        raw, carry["rings"][place.ring] = _read_ring(
+            carry["rings"][place.ring], registers[column + place.column], place
+        )
         env[v] = _jax.wrap_key(raw, v.dtype)
     for v, column, box, slot in branch.mail_reads:
-        env[v] = _jax.wrap_key(_read_mail(carry["mail"][box], registers[column], slot), v.dtype)
+        raw, carry["mail"][box] = _read_mail(carry["mail"][box], registers[column], slot)
+        env[v] = _jax.wrap_key(raw, v.dtype)
     evaluate(branch.eqns, env, rows)
     for v, column, place in branch.ring_writes:
         value = _jax.unwrap_key(env[v])
@@ -201,7 +207,8 @@ def _read_ring(ring: Any, base: Any, place: RingPlace) -> tuple[Any, Any]:
         value = lax.dynamic_slice_in_dim(ring, base + place.index, size).reshape(place.shape)
     else:
         value = lax.dynamic_index_in_dim(ring, base + place.index, keepdims=False)
-    # Without the barrier XLA:CPU copies the whole ring in every branch: it can't see that the read comes before the write.
+    # Without the barrier XLA:CPU copies the whole ring in every branch: it can't see that the read comes before the
+    # write.
     return lax.optimization_barrier((value, ring))
 
 
@@ -219,7 +226,9 @@ def _stage(staging: list[Any], place: RingPlace, value: Any) -> None:
         staging[place.ring] = [*staging[place.ring][: place.index], value, *staging[place.ring][place.index + 1 :]]
 
 
-def store_residuals(places: Sequence[tuple[int, RingPlace]], registers: Any, rings: list[Any], staging: list[Any]) -> list[Any]:
+def store_residuals(
+    places: Sequence[tuple[int, RingPlace]], registers: Any, rings: list[Any], staging: list[Any]
+) -> list[Any]:
     """Copy one action's staged residuals to their rows of the rings."""
     rings = list(rings)
     for column, place in places:
@@ -232,6 +241,6 @@ def store_residuals(places: Sequence[tuple[int, RingPlace]], registers: Any, rin
     return rings
 
 
-def _read_mail(box: Sequence[Any], row: Any, place: Place) -> Any:
+def _read_mail(box: Sequence[Any], row: Any, place: Place) -> tuple[Any, Sequence[Any]]:
     buffer = lax.dynamic_index_in_dim(box[place.buffer], row, keepdims=False)
-    return read_place([buffer], Place(0, place.shape, place.offset))
+    return lax.optimization_barrier((read_place([buffer], Place(0, place.shape, place.offset)), box))

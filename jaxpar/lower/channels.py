@@ -1,9 +1,11 @@
 """Channels: the transfers between stages, on as few permutations as possible.
 
-A permutation lets each rank send to one other and receive from one. The transfers are the edges of a bipartite graph from
-sending to receiving ranks; its edge colouring with as many colours as the largest degree (König 1916) is the least number of
-permutations. A channel's payload has two parts, for values that are last read by a forward and by a backward: each part waits
-in a mailbox of its own, as long as it is needed.
+A permutation lets each rank send to one other and receive from one. The transfers are the edges of a bipartite graph
+from
+sending to receiving ranks; its edge colouring with as many colours as the largest degree (König 1916) is the least
+number of
+permutations. A channel's payload has two parts, for values that are last read by a forward and by a backward: each
+part waits in a mailbox of its own, as long as it is needed.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def colour_channels(graph: StageGraph, rank_of: Sequence[int]) -> Routing:
 
 
 def colour_edges(edges: Sequence[tuple[int, int]]) -> list[int]:
-    """A colour for each (source, destination), no two of a source or of a destination alike, with as few colours as possible.
+    """A colour for each (source, destination), no two of a source or of a destination alike, with as few colours as
+    possible.
 
     >>> colour_edges([(0, 1), (1, 2), (0, 2)])
     [0, 0, 1]

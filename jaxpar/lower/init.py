@@ -21,7 +21,9 @@ from jaxpar.trace.capture import pair_jaxprs
 P = PartitionSpec
 
 
-def init_leaves(layouts: Sequence[StateLayout], axes: Axes, init_fn: Callable[..., Any], args: Sequence[Any]) -> list[PlacedState]:
+def init_leaves(
+    layouts: Sequence[StateLayout], axes: Axes, init_fn: Callable[..., Any], args: Sequence[Any]
+) -> list[PlacedState]:
     """`init_fn(*args)` as placed states. Its flat results must be the layouts' leaves, in order."""
     flat, tree = jax.tree.flatten(args)
     jaxpr = jax.make_jaxpr(lambda *xs: jax.tree.leaves(init_fn(*jax.tree.unflatten(tree, xs))))(*flat)
@@ -61,4 +63,3 @@ def init_leaves(layouts: Sequence[StateLayout], axes: Axes, init_fn: Callable[..
         PlacedState(row, [_jax.wrap_key(next(kept), leaf.dtype) for leaf in layout.shared], layout)
         for layout, row in zip(layouts, buffers, strict=True)
     ]
-

@@ -44,7 +44,7 @@ class StateLayout:
     def token(self) -> str:
         """Equal for equal layouts, also in another process."""
         devices = [d.id for d in self.mesh.devices.flat]
-        text = repr((devices, dict(self.mesh.shape), self.leaves, self.packing.buffers, [str(t) for t in self.trees]))
+        text = repr((devices, dict(self.mesh.shape), self.leaves, self.packing.buffers))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -66,6 +66,12 @@ class StateLayout:
         """Bytes of its own state that each rank has."""
         return self.packing.used_bytes
 
+    @property
+    def user_tree(self) -> Any:
+        """The user's own form of the state, as shapes."""
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self.leaves]
+        return jax.tree.unflatten(self.trees[0], shapes)
+
     def abstract(self) -> PlacedState:
         """The placed state's shapes and shardings, for compiling ahead of time."""
         num_ranks = self.mesh.shape[self.stage_axis]
@@ -82,8 +88,8 @@ class StateLayout:
 class PlacedState:
     """The training state on its ranks.
 
-    A pytree: `buffers` have a leading axis of ranks, sharded over the stage axis; `shared` leaves are on every rank. It can be
-    saved and restored as it is; `gather` of the step that placed it gives the user's own tree back.
+    A pytree: `buffers` have a leading axis of ranks, sharded over the stage axis; `shared` leaves are on every rank.
+    It can be saved and restored as it is; `gather` of the step that placed it gives the user's own tree back.
     """
 
     def __init__(self, buffers: Sequence[Any], shared: Sequence[Any], layout: StateLayout):
@@ -184,7 +190,8 @@ def gather_leaves(state: PlacedState) -> list[Any]:
     """The user's leaves, on the host; PRNG keys as key arrays."""
     if state.is_deleted:
         raise LowerError(
-            "this placed state was donated to a step that has run since: its buffers are gone. Use the state that the step "
+            "this placed state was donated to a step that has run since: its buffers are gone. Use the state that "
+            "the step "
             "returned, or build the step with donate=False."
         )
     rows: dict[tuple[int, int], np.ndarray] = {}

@@ -75,15 +75,22 @@ class Machine:
 
 
 def build_machine(
-    program: Program, graph: StageGraph, timetable: Timetable, axes: Axes, microbatch: int,
-    layouts: Sequence[StateLayout], state_outputs: Mapping[int, int], staged: bool,
+    program: Program,
+    graph: StageGraph,
+    timetable: Timetable,
+    axes: Axes,
+    microbatch: int,
+    layouts: Sequence[StateLayout],
+    state_outputs: Mapping[int, int],
+    staged: bool,
 ) -> Machine:
     """Lower a plan.
 
     Args:
         layouts: of the state arguments; their leaves, in order, are the program's state inputs.
         state_outputs: number of the state input that an output is the new value of.
-        staged: let a second conditional copy residuals to the rings, for compilers that would copy whole rings otherwise.
+        staged: let a second conditional copy residuals to the rings, for compilers that would copy whole rings
+        otherwise.
     """
     rank_of = timetable.dag.rank_of
     routing = colour_channels(graph, rank_of)
@@ -95,16 +102,42 @@ def build_machine(
     owned = owned_sources(program, layouts, axes.num_ranks)
     prelude, invariants = build_prelude(program, graph, rank_of, owned, shared, axes.num_ranks)
     storage = Storage(
-        residuals, mail, invariants, {v: i for i, v in enumerate(batch_inputs(program))},
+        residuals,
+        mail,
+        invariants,
+        {v: i for i, v in enumerate(batch_inputs(program))},
         {v: (place, tag) for (v, tag), place in totals_places(graph, rank_of, totals).items()},
         {v: k for k, v in enumerate(batched_outputs(program))},
     )
     branches, stores, registers = _build_branches(graph, timetable, storage)
-    arrivals = np.stack([box.arrival for box in mail.boxes], -1) if mail.boxes else np.zeros((*registers.shape[:2], 0), np.int32)
-    update, outputs = build_update(program, graph, layouts, rank_of, totals, owned, shared, state_outputs, axes.num_ranks)
+    arrivals = (
+        np.stack([box.arrival for box in mail.boxes], -1)
+        if mail.boxes
+        else np.zeros((*registers.shape[:2], 0), np.int32)
+    )
+    update, outputs = build_update(
+        program, graph, layouts, rank_of, totals, owned, shared, state_outputs, axes.num_ranks
+    )
     return Machine(
-        program, graph, timetable, axes, microbatch, tuple(layouts), routing, residuals, mail, branches, stores if staged else (), registers, arrivals, totals,
-        early, prelude, update, outputs, shared,
+        program,
+        graph,
+        timetable,
+        axes,
+        microbatch,
+        tuple(layouts),
+        routing,
+        residuals,
+        mail,
+        branches,
+        stores if staged else (),
+        registers,
+        arrivals,
+        totals,
+        early,
+        prelude,
+        update,
+        outputs,
+        shared,
     )
 
 

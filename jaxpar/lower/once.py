@@ -1,4 +1,5 @@
-"""What happens once per step: the prelude before the micro-batches, the update after them, and where values are for both."""
+"""What happens once per step: the prelude before the micro-batches, the update after them, and where values are for
+both."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ class Outputs:
 
 
 def batch_inputs(program: Program) -> list[Var]:
-    return [v for v, role in zip(program.inputs, program.roles, strict=True) if role == "batch" and program.is_batched(v)]
+    return [
+        v for v, role in zip(program.inputs, program.roles, strict=True) if role == "batch" and program.is_batched(v)
+    ]
 
 
 def batched_outputs(program: Program) -> list[Var]:
@@ -65,8 +68,12 @@ def _homes(owned: Sequence[Mapping[Var, Source]], shared: Sequence[Var]) -> dict
 
 
 def build_prelude(
-    program: Program, graph: StageGraph, rank_of: Sequence[int], owned: Sequence[Mapping[Var, Source]],
-    shared: Sequence[Var], num_ranks: int,
+    program: Program,
+    graph: StageGraph,
+    rank_of: Sequence[int],
+    owned: Sequence[Mapping[Var, Source]],
+    shared: Sequence[Var],
+    num_ranks: int,
 ) -> tuple[Rounds, list[dict[Var, Source]]]:
     """What each rank's stage programs read besides its own state, computed once; and where they find all of it."""
     everyone = {v: Source("shared", None, i) for i, v in enumerate(shared)}
@@ -88,8 +95,15 @@ def build_prelude(
 
 
 def build_update(
-    program: Program, graph: StageGraph, layouts: Sequence[StateLayout], rank_of: Sequence[int], totals: Packing,
-    owned: Sequence[Mapping[Var, Source]], shared: Sequence[Var], state_outputs: Mapping[int, int], num_ranks: int,
+    program: Program,
+    graph: StageGraph,
+    layouts: Sequence[StateLayout],
+    rank_of: Sequence[int],
+    totals: Packing,
+    owned: Sequence[Mapping[Var, Source]],
+    shared: Sequence[Var],
+    state_outputs: Mapping[int, int],
+    num_ranks: int,
 ) -> tuple[Rounds, Outputs]:
     """What happens after the last micro-batch: totals are complete, every rank updates what it owns."""
     sources: list[dict[Var, Source]] = [
@@ -100,7 +114,9 @@ def build_update(
         rank = rank_of[graph.partial_home[v]]
         homes[v] = rank
         sources[rank][v] = Source("totals", place)
-    eqns = [e for e in program.eqns if program.phase[e] in ("before", "linear", "after") or e.outputs[0] in program.late]
+    eqns = [
+        e for e in program.eqns if program.phase[e] in ("before", "linear", "after") or e.outputs[0] in program.late
+    ]
     eqns = [e for e in eqns if program.phase[e] != "microbatch" and not any(v in homes for v in e.outputs)]
     eqns = _computable(eqns, homes)
     groups, everywhere, hints = _new_state(program, layouts, state_outputs, num_ranks)
@@ -125,8 +141,8 @@ def build_update(
 def _new_state(
     program: Program, layouts: Sequence[StateLayout], state_outputs: Mapping[int, int], num_ranks: int
 ) -> tuple[list[Group], list[int], dict[Var, int]]:
-    """The new state as results of the update: groups of each updated argument, outputs that every rank keeps, and at which
-    rank an owned leaf's new value is wanted."""
+    """The new state as results of the update: groups of each updated argument, outputs that every rank keeps, and at
+    which rank an owned leaf's new value is wanted."""
     output_of = {leaf: out for out, leaf in state_outputs.items()}
     groups, everywhere, hints = [], [], {}
     first = 0
@@ -149,7 +165,9 @@ def _new_state(
 
 
 def _group(packing: Packing, values: Sequence[Sequence[tuple[Place, Atom]]]) -> Group:
-    return Group(packing, tuple(tuple(p for p, _ in row) for row in values), tuple(tuple(v for _, v in row) for row in values))
+    return Group(
+        packing, tuple(tuple(p for p, _ in row) for row in values), tuple(tuple(v for _, v in row) for row in values)
+    )
 
 
 def _computable(eqns: Sequence[Eqn], homes: Mapping[Var, int | None]) -> list[Eqn]:
@@ -161,5 +179,3 @@ def _computable(eqns: Sequence[Eqn], homes: Mapping[Var, int | None]) -> list[Eq
             kept.append(eqn)
             known.update(eqn.outputs)
     return kept
-
-

@@ -1,11 +1,13 @@
 """Uniform storage for ranks that hold different things.
 
-All ranks of an SPMD program have the same buffers. Each rank has a list of items; `pack_items` maps them onto common buffers:
+All ranks of an SPMD program have the same buffers. Each rank has a list of items; `pack_items` maps them onto common
+buffers:
 
     slot   a buffer of one shape: the k-th item of that shape on each rank
     pool   one flat buffer per dtype, for small items and for shapes that few ranks have
 
-Slots cost every rank their bytes, also one without such an item; the pool costs every rank the largest rank's share. Shapes
+Slots cost every rank their bytes, also one without such an item; the pool costs every rank the largest rank's share.
+Shapes
 become slots, the most common first, as long as the whole stays within a few per cent of the largest rank's own bytes.
 """
 
@@ -112,7 +114,11 @@ def _choose_slots(counts: Sequence[Counter[Item]]) -> dict[Item, int]:
     """How many slots each kind of item gets."""
     left = [sum(i.bytes * k for i, k in c.items()) for c in counts]
     limit = max(left, default=0) * (1 + _WASTE)
-    kinds = sorted({i for c in counts for i in c}, key=lambda i: (i.bytes, i.shape, str(i.dtype), str(i.tag), i.whole), reverse=True)
+    kinds = sorted(
+        {i for c in counts for i in c},
+        key=lambda i: (i.bytes, i.shape, str(i.dtype), str(i.tag), i.whole),
+        reverse=True,
+    )
     chosen: dict[Item, int] = {}
     dedicated = 0
     steps = [(sum(c[i] > k for c in counts), i, k) for i in kinds for k in range(max(c[i] for c in counts))]

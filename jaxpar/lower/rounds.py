@@ -1,9 +1,11 @@
 """Work that happens once per step, before and after the micro-batches: each rank for the state that it owns.
 
-Values live at one rank, or everywhere. An equation runs where its inputs live; scalars made of values of several ranks (a global
-norm) are computed everywhere. The work is cut into rounds: in each, every rank computes what the others need of it, and the
-values are exchanged; in the last it computes its results. A round starts from the stored buffers and from what was exchanged:
-what little two rounds have in common is computed twice, so nothing else has to be stored between them.
+Values live at one rank, or everywhere. An equation runs where its inputs live; scalars made of values of several
+ranks (a global
+norm) are computed everywhere. The work is cut into rounds: in each, every rank computes what the others need of it,
+and the
+values are exchanged; in the last it computes its results. A round starts from the stored buffers and from what was
+exchanged: what little two rounds have in common is computed twice, so nothing else has to be stored between them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _SCALAR_ELEMENTS = 16
 
 @dataclass(frozen=True)
 class Source:
-    """Where a rank finds a value: `place` in the buffers called `group`, or number `index` of the values called `group`."""
+    """Where a rank finds a value: `place` in the buffers called `group`, or number `index` of the values called
+    `group`."""
 
     group: str
     place: Place | None = None
@@ -59,7 +62,8 @@ class _Program:
 
     @property
     def key(self) -> str:
-        outputs: list[Atom] = [*(v for _, v in self.small)] + [v for v in self.sends if v is not None]
+        outputs: list[Atom] = []
+        outputs += [v for _, v in self.small] + [v for v in self.sends if v is not None]
         outputs += [v for group in self.groups for _, v in group] + list(self.everywhere)
         text = fingerprint_eqns([v for v, _ in self.inputs], self.eqns, outputs)
         places = [[place for place, _ in group] for group in (self.small, *self.groups)]
@@ -110,8 +114,8 @@ def place_equations(
 ) -> dict[Var, int | None]:
     """The rank at which each value is computed, None for those that any rank can compute.
 
-    Scalars made of values of several ranks, and what is added to them, are computed everywhere: a chain of additions over all
-    parameters then takes one exchange, in whatever order it visits the ranks.
+    Scalars made of values of several ranks, and what is added to them, are computed everywhere: a chain of additions
+    over all parameters then takes one exchange, in whatever order it visits the ranks.
     """
     found = dict(home)
     mixed: set[Var] = set()
@@ -192,7 +196,9 @@ class _Planner:
         return [v for g in self.groups for v in g.values[rank]] + list(self.everywhere)
 
     def _build_round(self, level: int, final: bool) -> _Round:
-        small = [[v for (v, home), at in self.exchanged.items() if at == level and home == r] for r in range(self.num_ranks)]
+        small = [
+            [v for (v, home), at in self.exchanged.items() if at == level and home == r] for r in range(self.num_ranks)
+        ]
         packing = pack_items([[_item(v) for v in values] for values in small])
         for rank, values in enumerate(small):
             for v, place in zip(values, packing.places[rank], strict=True):
@@ -225,7 +231,8 @@ class _Planner:
         self, rank: int, level: int, small: Sequence[Var], packing: Packing, sends: Sequence[Any], final: bool
     ) -> _Program:
         outgoing = tuple(
-            next((v for (src, _), v in zip(pairs, carried, strict=True) if src == rank), None) for _, pairs, carried in sends
+            next((v for (src, _), v in zip(pairs, carried, strict=True) if src == rank), None)
+            for _, pairs, carried in sends
         )
         groups: tuple = ()
         everywhere: tuple[Atom, ...] = ()
@@ -304,7 +311,9 @@ def run_rounds(
     return list(map(list, results[2])), list(results[3])
 
 
-def _run_program(p: _Program, r: _Round, groups: Sequence[Group], stored: Mapping[str, Sequence[Any]], rows: Rows) -> Any:
+def _run_program(
+    p: _Program, r: _Round, groups: Sequence[Group], stored: Mapping[str, Sequence[Any]], rows: Rows
+) -> Any:
     env: Env = {v: _fetch(stored, s, v) for v, s in p.inputs}
     evaluate(p.eqns, env, rows)
 
@@ -330,4 +339,3 @@ def _fetch(stored: Mapping[str, Sequence[Any]], source: Source, v: Var) -> Any:
         values = [x[source.index] for x in values]
     raw = read_place(values, source.place) if source.place is not None else values[source.index]
     return _jax.wrap_key(raw, v.dtype) if _jax.is_key(v.dtype) else raw.astype(v.dtype)
-

@@ -19,7 +19,9 @@ from jaxpar.lower.slots import item_of
 from jaxpar.lower.totals import identity_of, reduce_over_replicas
 
 
-def run_machine(machine: Machine, state: Sequence[Sequence[Any]], shared: Sequence[Any], batch: Sequence[Any]) -> tuple[list, list, list, list]:
+def run_machine(
+    machine: Machine, state: Sequence[Sequence[Any]], shared: Sequence[Any], batch: Sequence[Any]
+) -> tuple[list, list, list, list]:
     """The step on one rank, inside `shard_map`.
 
     Args:
@@ -27,7 +29,8 @@ def run_machine(machine: Machine, state: Sequence[Sequence[Any]], shared: Sequen
         shared: values of the inputs that every rank has.
         batch: this replica's rows of each batch leaf.
 
-    Returns: new buffers of each updated state argument, results that every rank has, buffers of located results, per-example results `[M, ...]`.
+    Returns: new buffers of each updated state argument, results that every rank has, buffers of located results,
+    per-example results `[M, ...]`.
     """
     axes, program = machine.axes, machine.program
     rank = lax.axis_index(axes.stage)
@@ -42,7 +45,9 @@ def run_machine(machine: Machine, state: Sequence[Sequence[Any]], shared: Sequen
     (prelude,), _ = run_rounds(machine.prelude, stored, once, rank, axes.stage)
     stored["prelude"] = prelude
     carry = _run_ticks(machine, stored, batch, first)
-    stored["totals"] = [reduce_over_replicas(x, item.tag, axes) for x, item in zip(carry["totals"], machine.totals.buffers, strict=True)]
+    stored["totals"] = [
+        reduce_over_replicas(x, item.tag, axes) for x, item in zip(carry["totals"], machine.totals.buffers, strict=True)
+    ]
     groups, everywhere = run_rounds(machine.update, stored, once, rank, axes.stage)
     return groups[:-1], everywhere, groups[-1], carry["outputs"]
 
@@ -71,7 +76,12 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
         return [[lax.ppermute(x, axes.stage, p) for x in payload] for payload, p in zip(sent, pairs, strict=True)]
 
     def act(row: Any, carry: Carry) -> Carry:
-        rows = Rows(n, machine.program.num_examples, first + lax.convert_element_type(row[MICROBATCH] * n, jnp.int32), axes.manual)
+        rows = Rows(
+            n,
+            machine.program.num_examples,
+            first + lax.convert_element_type(row[MICROBATCH] * n, jnp.int32),
+            axes.manual,
+        )
         fresh = partial(_fresh_staging, machine)  # made inside the branches: what they don't fill, they needn't pass on
         branches: list[Any] = [lambda c: {**c, **fresh()}]
         for b in machine.branches:
@@ -79,7 +89,9 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
         return lax.switch(lax.convert_element_type(row[BRANCH], jnp.int32), branches, carry)
 
     def store(row: Any, rings: list[Any], staging: list[Any]) -> list[Any]:
-        for k, places in enumerate(machine.stores, 1):  # one conditional each: with two writers in one, rings are copied again
+        for k, places in enumerate(
+            machine.stores, 1
+        ):  # one conditional each: with two writers in one, rings are copied again
             write = partial(store_residuals, places, row)
             rings = lax.cond(row[STORE] == k, write, lambda rings, _: rings, rings, staging)
         return rings
@@ -91,6 +103,9 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
         if machine.stores:
             carry["rings"] = store(row, carry["rings"], carry.pop("staging"))
         received = early if early is not None else exchange(carry["sent"])
+        # The work reads the mail: deliver new mail after it, or XLA copies the mailboxes and waits for the transfer
+        # first.
+        carry["mail"], received, carry["sent"] = lax.optimization_barrier((carry["mail"], received, carry["sent"]))
         carry["mail"] = [
             [lax.dynamic_update_index_in_dim(box, x, slots[k], 0) for box, x in zip(boxes, payload, strict=True)]
             for k, (boxes, payload) in enumerate(zip(carry["mail"], received, strict=True))

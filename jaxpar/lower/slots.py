@@ -1,7 +1,7 @@
 """Storage for values that wait: how many slots, and which micro-batch is in which slot when.
 
-The timetable is known before the program is built, so slots are allocated like registers: by colouring intervals, the least
-number being the most that are alive at once.
+The timetable is known before the program is built, so slots are allocated like registers: by colouring intervals,
+the least number being the most that are alive at once.
 
     residuals   written by F at tick f, last read by B at tick b:              alive in [f, b)
     mailbox     sent at tick s, written at the end of tick s + exchange - 1 = w,

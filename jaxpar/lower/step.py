@@ -27,8 +27,8 @@ def build_step(machine: Machine, mesh: Mesh) -> Callable[..., Any]:
         shared: the other invariant arguments' leaves.
         batch: the batch leaves, whole.
 
-    Returns of the step: the new `PlacedState` of each updated state argument, in order; and for each output of the program its
-    value, None for a leaf of a new state.
+    Returns of the step: the new `PlacedState` of each updated state argument, in order; and for each output of the
+    program its value, None for a leaf of a new state.
     """
     axes, program = machine.axes, machine.program
     distinct = list(dict.fromkeys(program.outputs[i] for i in machine.outputs.batched))
@@ -37,7 +37,12 @@ def build_step(machine: Machine, mesh: Mesh) -> Callable[..., Any]:
         mine = [[b[0] for b in row] for row in buffers]
         states, everywhere, located, batched = run_machine(machine, mine, shared, batch)
         rows = [_join_microbatches(x, program.type_of(v)) for x, v in zip(batched, distinct, strict=True)]
-        return [[b[None] for b in row] for row in states], everywhere, [x[None] for x in located], [x[None] for x in rows]
+        return (
+            [[b[None] for b in row] for row in states],
+            everywhere,
+            [x[None] for x in located],
+            [x[None] for x in rows],
+        )
 
     rows_specs = [P(axes.stage, *([None] * _rows_dim(program.type_of(v))), axes.data) for v in distinct]
     mapped = jax.shard_map(
@@ -49,7 +54,9 @@ def build_step(machine: Machine, mesh: Mesh) -> Callable[..., Any]:
         check_vma=False,
     )
 
-    def step(states: Sequence[PlacedState], shared: Sequence[Any], batch: Sequence[Any]) -> tuple[list[PlacedState], list[Any]]:
+    def step(
+        states: Sequence[PlacedState], shared: Sequence[Any], batch: Sequence[Any]
+    ) -> tuple[list[PlacedState], list[Any]]:
         everyone = _shared_inputs(machine, states, shared)
         buffers = [list(s.buffers) for s in states]
         new_buffers, everywhere, located, batched = mapped(buffers, everyone, list(batch))
@@ -103,7 +110,8 @@ def _owner(machine: Machine, v: Var) -> int:
     return machine.timetable.dag.rank_of[node[1]]
 
 
-# -- per-example outputs: [M, ..., outer * b * inner, ...] to the whole batch's rows -------------------------------------
+# -- per-example outputs: [M, ..., outer * b * inner, ...] to the whole batch's rows
+# -------------------------------------
 
 
 def _rows_dim(t: Any) -> int:
@@ -125,5 +133,3 @@ def _join_microbatches(x: Any, t: Any) -> Any:
 def _whole_batch(x: Any, v: Var, num_examples: int) -> Any:
     raw = x.reshape(*_jax.raw_shape(v.shape_at(num_examples), v.dtype)[0])
     return _jax.wrap_key(raw, v.dtype)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -84,7 +85,8 @@ def balance_stages(seq: ForwardOrder, num_stages: int, device: Roofline) -> tupl
     if len(candidates) < num_stages:
         raise PlanError(
             f"{num_stages} stages were asked for, but the step's forward pass has only {len(candidates)} "
-            f"place{'s' * (len(candidates) != 1)} where a stage can begin. Use a mesh with at most {len(candidates)} stages, "
+            f"place{'s' * (len(candidates) != 1)} where a stage can begin. Use a mesh with at most "
+            f"{len(candidates)} stages, "
             "or a deeper model."
         )
     bounds = np.append(candidates, len(seq.eqns))
@@ -114,7 +116,9 @@ def _levels_cut(seq: ForwardOrder, i: int) -> int:
     if i == 0:
         return 0
     before, after = seq.eqns[i - 1].path, seq.eqns[i].path
-    return next((k for k, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    return next(
+        (k for k, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
+    )
 
 
 def cut_at_modules(seq: ForwardOrder, names: Sequence[str]) -> tuple[int, ...]:
@@ -137,10 +141,11 @@ def cut_at_modules(seq: ForwardOrder, names: Sequence[str]) -> tuple[int, ...]:
             f"no equation of the forward pass belongs to {', '.join(map(repr, unknown))}. The step's modules are: "
             f"{', '.join(known[:40]) or 'none: name parts of the model with jax.named_scope'}."
         )
-    if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(starts)):
         order = [name for _, name in sorted(zip(starts[1:], names, strict=True))]
         raise PlanError(
-            f"the cuts {list(names)} don't split the forward pass into one stage each: in the program's order they begin at "
+            f"the cuts {list(names)} don't split the forward pass into one stage each: in the program's order they "
+            f"begin at "
             f"{dict(zip(names, starts[1:], strict=True))}. Give each its own place, in this order: {order}; "
             "the first module can't be a cut, since the first stage begins there."
         )

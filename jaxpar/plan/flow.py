@@ -4,7 +4,8 @@
     backward   equations that follow the forward's stages
     free       cheap functions of the batch alone: recomputed by every stage that reads them, never sent
 
-A backward equation belongs where the forward equation is that it is the transpose of. The name stack says so where modules
+A backward equation belongs where the forward equation is that it is the transpose of. The name stack says so where
+modules
 have names; the parameters and residuals it reads say so exactly (dx = dy W' reads the W of one forward product only).
 """
 
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from jaxpar.trace import Eqn, Program, Var
 
 CHEAP = frozenset(
-    """add add_any sub mul neg max min abs sign eq ne lt le gt ge and or not xor select_n convert_element_type integer_pow
-    broadcast_in_dim reshape squeeze expand_dims transpose slice iota rows global_positions copy stop_gradient clamp square
-    shift_left shift_right_logical shift_right_arithmetic is_finite real imag concatenate pad""".split()
+    """
+    add add_any sub mul neg max min abs sign eq ne lt le gt ge and or not xor select_n convert_element_type
+    integer_pow broadcast_in_dim reshape squeeze expand_dims transpose slice iota rows global_positions copy
+    stop_gradient clamp square shift_left shift_right_logical shift_right_arithmetic is_finite real imag
+    concatenate pad
+    """.split()
 )
 """Operations that cost less to repeat than their result costs to store or send."""
 
@@ -47,7 +51,9 @@ def analyse_flow(program: Program) -> Flow:
             continue
         if eqn in program.backward:
             backward.append(eqn)
-        elif eqn.name in CHEAP and not any(v in owned or v in fixed for v in eqn.reads) and not _is_partial(program, eqn):
+        elif (
+            eqn.name in CHEAP and not any(v in owned or v in fixed for v in eqn.reads) and not _is_partial(program, eqn)
+        ):
             free.add(eqn)
             continue
         else:

@@ -56,16 +56,18 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        head = f"Plan: {len(self.summaries)} stages, micro-batches of {self.microbatch} examples (analytic costs per micro-batch)"
+        count, rows_each = len(self.summaries), self.microbatch
+        examples = f"{rows_each} example{'s' * (rows_each != 1)}"
+        head = f"Plan: {count} stages, micro-batches of {examples} (analytic costs per micro-batch)"
         rows = [("stage", "modules", "parameters", "state", "F flop", "B flop", "time", "residuals", "sent", "to")]
         whole = sum(s.forward_seconds + s.backward_seconds for s in self.summaries) or 1.0
         for i, s in enumerate(self.summaries):
             following = ",".join(str(b) for a, b in self.graph.edges("F") if a == i) or "-"
             share = (s.forward_seconds + s.backward_seconds) / whole
-            rows.append(
-                (str(i), s.modules, f"{s.parameters:,}", format_bytes(s.state_bytes), f"{s.forward_flops:.3g}",
-                 f"{s.backward_flops:.3g}", f"{share:.1%}", format_bytes(s.residual_bytes), format_bytes(s.sent_bytes), following)
-            )  # fmt: skip
+            flops = (f"{s.forward_flops:.3g}", f"{s.backward_flops:.3g}")
+            moved = (format_bytes(s.residual_bytes), format_bytes(s.sent_bytes))
+            state = (f"{s.parameters:,}", format_bytes(s.state_bytes))
+            rows.append((str(i), s.modules, *state, *flops, f"{share:.1%}", *moved, following))
         return head + "\n" + format_table(rows)
 
 
@@ -93,7 +95,8 @@ def plan_stages(
         judge: the simulated step time of a stage graph; the fastest of the candidates wins.
         cuts: names of the modules at which stages 1 ... S-1 begin; None lets the planner choose.
         updated: index of the output that is the new value of a state input, by the input's index.
-        owners: where the state lies already: stage by index of the program's input, None for every stage. The stages follow it.
+        owners: where the state lies already: stage by index of the program's input, None for every stage. The stages
+        follow it.
 
     Raises: PlanError where the program has fewer places to cut than stages, or a named module isn't there.
     """
@@ -152,7 +155,12 @@ def _follow_owners(
 def _summarise(graph: StageGraph, homes: Homes, stage: int, n: int, device: Roofline) -> StageSummary:
     forward, backward = graph.programs["F", stage], graph.programs.get(("B", stage))
     back_eqns = backward.eqns if backward is not None else ()
-    stays = [v for b in graph.bundles if b.stage == stage and b.last_reader[0] == "B" and b.source[0] == "F" for v in b.values]
+    stays = [
+        v
+        for b in graph.bundles
+        if b.stage == stage and b.last_reader[0] == "B" and b.source[0] == "F"
+        for v in b.values
+    ]
     sent = [v for b in graph.bundles if b.travels and b.source[1] == stage for v in b.values]
     owned = [graph.program.inputs[i] for i, s in homes.stage.items() if s == stage]
     read = state_read_by(graph, stage)
@@ -173,11 +181,13 @@ def name_modules(program: StageProgram) -> str:
     """The modules of a stage, for people: `GPT/embed … block_1`; `3 operations` where nothing has a name."""
     paths = list(dict.fromkeys(eqn.path for eqn in program.eqns if eqn.path))
     if not paths:
-        kinds = [eqn.name for eqn in program.eqns if eqn.name in ("dot_general", "conv_general_dilated", "gather", "scan")]
+        kinds = [
+            eqn.name for eqn in program.eqns if eqn.name in ("dot_general", "conv_general_dilated", "gather", "scan")
+        ]
         return f"{len(program.eqns)} operations ({len(kinds)} products)"
     depth = max(len(p) for p in paths)
     shared = 0
-    while shared < depth and len({p[:shared + 1] for p in paths if len(p) > shared}) == 1:
+    while shared < depth and len({p[: shared + 1] for p in paths if len(p) > shared}) == 1:
         shared += 1
     names = list(dict.fromkeys(p[shared] for p in paths if len(p) > shared))
     if not names:

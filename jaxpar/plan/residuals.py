@@ -1,8 +1,11 @@
 """What the forward keeps for the backward: the least bytes from which the rest can be recomputed element by element.
 
-A minimum cut (as in the min-cut recomputation of PyTorch's AOTAutograd; Ford and Fulkerson 1956): storing a value costs its bytes; a
-value made by an element-wise operation needs not be stored where the operation's inputs are at hand. Products, reductions, draws and
-values from other stages are never made twice. Among the least cuts the one nearest to the backward is taken: it recomputes least.
+A minimum cut (as in the min-cut recomputation of PyTorch's AOTAutograd; Ford and Fulkerson 1956): storing a value
+costs its bytes; a
+value made by an element-wise operation needs not be stored where the operation's inputs are at hand. Products,
+reductions, draws and
+values from other stages are never made twice. Among the least cuts the one nearest to the backward is taken: it
+recomputes least.
 """
 
 from __future__ import annotations
@@ -17,22 +20,27 @@ from jaxpar.plan.flow import CHEAP
 from jaxpar.trace import Eqn, Var
 
 RECOMPUTED = CHEAP | frozenset(
-    """acos asin atan atan2 cbrt ceil cos cosh div erf erf_inv erfc exp exp2 expm1 floor log log1p logistic nextafter
-    one_minus_square pow reciprocal rem round rsqrt sin sinh split sqrt tan tanh unstack bitcast_convert_type""".split()
+    """
+    acos asin atan atan2 cbrt ceil cos cosh div erf erf_inv erfc exp exp2 expm1 floor log log1p logistic nextafter
+    one_minus_square pow reciprocal rem round rsqrt sin sinh split sqrt tan tanh unstack bitcast_convert_type
+    """.split()
 )
 _INFINITE = np.iinfo(np.int32).max // 4
 
 
 def choose_residuals(
-    wanted: Iterable[Var], producer_of: Callable[[Var], Eqn | None], is_stored_value: Callable[[Var], bool], size: Callable[[Var], int]
+    wanted: Iterable[Var],
+    producer_of: Callable[[Var], Eqn | None],
+    is_stored_value: Callable[[Var], bool],
+    size: Callable[[Var], int],
 ) -> tuple[set[Var], set[Eqn]]:
     """The values to keep, and the equations to repeat, so that all of `wanted` is at hand.
 
     Args:
         wanted: forward values that the backward reads.
         producer_of: the equation that may be repeated to make a value, or None.
-        is_stored_value: whether an input of a repeated equation has to be kept or recomputed, rather than being at hand anyway.
-        size: bytes of a value.
+        is_stored_value: whether an input of a repeated equation has to be kept or recomputed, rather than being at
+        hand anyway. size: bytes of a value.
     """
     values = _reach_back(wanted, producer_of, is_stored_value)
     number = {v: i for i, v in enumerate(values)}
@@ -82,7 +90,10 @@ def _sink_side(edges: dict[tuple[int, int], int], source: int, sink: int) -> set
 
 
 def _repeat(
-    wanted: Iterable[Var], kept: set[Var], producer_of: Callable[[Var], Eqn | None], is_stored_value: Callable[[Var], bool]
+    wanted: Iterable[Var],
+    kept: set[Var],
+    producer_of: Callable[[Var], Eqn | None],
+    is_stored_value: Callable[[Var], bool],
 ) -> set[Eqn]:
     eqns: set[Eqn] = set()
     stack = [v for v in wanted if v not in kept]

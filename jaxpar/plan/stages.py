@@ -5,8 +5,8 @@
     F[s]: (invariants, batch rows, received values) -> (residuals, sent values, partial sums, per-example outputs)
     B[s]: (invariants, batch rows, received values, residuals) -> (sent values, partial sums, per-example outputs)
 
-Every value that leaves a program is part of one `Bundle`: values made by one action that are held at one stage until the same
-last reader. A residual is a bundle that stays; a boundary value or cotangent is one that travels.
+Every value that leaves a program is part of one `Bundle`: values made by one action that are held at one stage until
+the same last reader. A residual is a bundle that stays; a boundary value or cotangent is one that travels.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def _place_all(flow: Flow, forward_stage: Mapping[Eqn, int]) -> dict[Eqn, Node]:
 
 
 class _Routing:
-    """Nodes in reverse order of execution, so that each one knows what is asked of it: B[0] ... B[S-1], F[S-1] ... F[0]."""
+    """Nodes in reverse order of execution, so that each one knows what is asked of it: B[0] ... B[S-1], F[S-1] ...
+    F[0]."""
 
     def __init__(self, flow: Flow, place: dict[Eqn, Node], num_stages: int, microbatch: int):
         self.flow, self.program, self.microbatch = flow, flow.program, microbatch
@@ -147,7 +148,13 @@ class _Routing:
         invariants = tuple(v for v in outer if not self.program.is_batched(v))
         passed = self.exports[node] - inside  # forwarded as they came
         return StageProgram(
-            node, ordered, tuple(sorted({*reads, *passed}, key=self._rank)), invariants, batch, tuple(partials), tuple(outputs)
+            node,
+            ordered,
+            tuple(sorted({*reads, *passed}, key=self._rank)),
+            invariants,
+            batch,
+            tuple(partials),
+            tuple(outputs),
         )
 
     def _needed(self, wanted: set[Var], members: set[Eqn]) -> tuple[set[Eqn], set[Var]]:
@@ -233,7 +240,9 @@ class _Routing:
                 self.place[eqn] = nodes.pop()  # type: ignore[assignment]
         found: dict[Var, Node] = {}
         for eqn in program.eqns:
-            ends = program.phase[eqn] == "linear" or (program.phase[eqn] == "complete" and eqn.outputs[0] in program.late)
+            ends = program.phase[eqn] == "linear" or (
+                program.phase[eqn] == "complete" and eqn.outputs[0] in program.late
+            )
             if ends and eqn not in self.place:
                 for v in eqn.reads:
                     if program.is_partial(v) and (source := self._source(v)) is not None:
@@ -261,15 +270,13 @@ class _Routing:
             all_readers.update(readers)
             values.append(v)
         bundles = [
-            Bundle(
-                source, stage, tuple(sorted(readers, key=_execution_order)), tuple(sorted(values, key=self._rank))
-            )
+            Bundle(source, stage, tuple(sorted(readers, key=_execution_order)), tuple(sorted(values, key=self._rank)))
             for (source, stage, _), (readers, values) in groups.items()
         ]
-        return tuple(sorted(bundles, key=lambda b: (_execution_order(b.source), b.stage, _execution_order(b.last_reader))))
+        return tuple(
+            sorted(bundles, key=lambda b: (_execution_order(b.source), b.stage, _execution_order(b.last_reader)))
+        )
 
 
 def _execution_order(node: Node) -> tuple[int, int]:
     return (0, node[1]) if node[0] == "F" else (1, -node[1])
-
-

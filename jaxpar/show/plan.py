@@ -22,7 +22,12 @@ _PARTS = {
 
 def explain_step(program: Program, plan: Plan, timetable: Timetable, machine: Machine) -> str:
     """What runs where and when, and what it costs."""
-    parts = [str(program), str(plan), _explain_schedule(plan, timetable), _explain_memory(estimate_memory(machine), machine)]
+    parts = [
+        str(program),
+        str(plan),
+        _explain_schedule(plan, timetable),
+        _explain_memory(estimate_memory(machine), machine),
+    ]
     return "\n\n".join([*parts, _explain_programs(machine)])
 
 
@@ -30,7 +35,8 @@ def _explain_schedule(plan: Plan, timetable: Timetable) -> str:
     costs = plan.costs
     lockstep = compare_lockstep(timetable, costs)
     head = (
-        f"Schedule: {timetable.name}, {timetable.num_microbatches} micro-batches, {timetable.num_ticks} ticks, exchange "
+        f"Schedule: {timetable.name}, {timetable.num_microbatches} micro-batches, {timetable.num_ticks} ticks, "
+        f"exchange "
         f"{timetable.exchange}. Predicted bubble {lockstep.executor.bubble_fraction:.1%} in the executor's lockstep, "
         f"{lockstep.free.bubble_fraction:.1%} if ranks ran freely (lockstep costs a factor of {lockstep.ratio:.3f})."
     )
@@ -42,8 +48,14 @@ def _explain_schedule(plan: Plan, timetable: Timetable) -> str:
         result = simulate(other, costs)
         label = name + (" extra=0" if options else "")
         peak = " ".join(map(str, result.peak_in_flight_on_rank))
-        rows.append((label, f"{result.makespan / lockstep.executor.makespan:.3f}", f"{result.bubble_fraction:.1%}", peak))
-    table = "\nOf this step's stages, makespan relative to the schedule in use:\n" + format_table(rows) if len(rows) > 1 else ""
+        rows.append(
+            (label, f"{result.makespan / lockstep.executor.makespan:.3f}", f"{result.bubble_fraction:.1%}", peak)
+        )
+    table = (
+        "\nOf this step's stages, makespan relative to the schedule in use:\n" + format_table(rows)
+        if len(rows) > 1
+        else ""
+    )
     return head + table
 
 
@@ -60,9 +72,8 @@ def _explain_programs(machine: Machine) -> str:
     actions = len(machine.graph.programs)
     permutes = sum(len(box.packing.buffers) for box in machine.mail.boxes)
     return (
-        f"Programs: {machine.num_stage_programs} distinct ones for the {actions} actions of {machine.graph.num_stages} stages; "
+        f"Programs: {machine.num_stage_programs} distinct ones for the {actions} actions of "
+        f"{machine.graph.num_stages} stages; "
         f"{len(machine.routing.channels)} channels ({permutes} arrays exchanged per tick); the update runs in "
         f"{len(machine.update.rounds)} rounds."
     )
-
-

@@ -80,7 +80,10 @@ class Program:
 
     def carries_over(self, output: int, state_input: int) -> bool:
         """Whether an output is computed from a state input other than through the micro-batches."""
-        atom, source = self.outputs[output], [v for v, r in zip(self.inputs, self.roles, strict=True) if r == "state"][state_input]
+        atom, source = (
+            self.outputs[output],
+            [v for v, r in zip(self.inputs, self.roles, strict=True) if r == "state"][state_input],
+        )
         stack, seen = [atom], set()
         while stack:
             v = stack.pop()
@@ -98,7 +101,8 @@ class Program:
             counts[phase] = counts.get(phase, 0) + 1
         forward = counts.get("microbatch", 0) - len(self.backward)
         return (
-            f"Program: {len(self.eqns)} equations for {self.num_examples} examples: {counts.get('before', 0)} before the "
+            f"Program: {len(self.eqns)} equations for {self.num_examples} examples: {counts.get('before', 0)} "
+            f"before the "
             f"pipeline, {forward} forward, {len(self.backward)} backward, {counts.get('complete', 0)} totals over the "
             f"batch, {counts.get('linear', 0) + counts.get('after', 0)} in the update"
         )
@@ -123,7 +127,9 @@ def make_program(
     for var, role in zip(body.inputs, roles, strict=True):
         types.append(Batched(0) if role == "batch" and var.batch_dims else INVARIANT)
     body = Body(body.inputs, drop_dead_eqns(list(body.eqns), body.outputs), body.outputs, body.consts)
-    typed = infer_types(body, types, [role == "state" and not v.is_replicated for v, role in zip(body.inputs, roles, strict=True)])
+    typed = infer_types(
+        body, types, [role == "state" and not v.is_replicated for v, role in zip(body.inputs, roles, strict=True)]
+    )
     inferred = typed.body
     eqns = drop_dead_eqns(list(inferred.eqns), inferred.outputs)
     read = {v for eqn in eqns for v in eqn.reads} | {v for v in inferred.outputs if isinstance(v, Var)}
@@ -146,7 +152,8 @@ def _check_touches_batch(program: Program) -> None:
     if not any(phase == "microbatch" for phase in program.phase.values()):
         names = [v.name for v, role in zip(program.inputs, program.roles, strict=True) if role == "batch"]
         raise TraceError(
-            f"nothing that the step returns depends on the batch ({', '.join(names)}), so there are no micro-batches to "
+            f"nothing that the step returns depends on the batch ({', '.join(names)}), so there are no "
+            f"micro-batches to "
             "run. Check batch_argnums, and that the loss uses the batch."
         )
 
@@ -159,5 +166,3 @@ def abstract_args(args: Any) -> Any:
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     aval = jax.typeof(x) if not isinstance(x, jax.ShapeDtypeStruct) else x
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
-
-

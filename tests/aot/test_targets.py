@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 import jaxpar
 from benchmarks.gpt import Config, init_state, make_batch, train_step
-from tests.hlo import Hlo, check_pipeline, check_rings, overlapped, parse_hlo, permutations, ticks_body
+from tests.hlo import Hlo, arrivals, check_pipeline, check_rings, overlapped, parse_hlo, ticks_body
 
 CONFIG = Config(num_layers=4, dim=128, heads=4, vocab=256, length=64, batch_size=32)
 MESH = {"stage": 4, "data": 2}
@@ -115,7 +115,7 @@ def check_donated(compiled: Any) -> None:
 def test_tpu(dtype):
     compiled = compile_gpt(tpu_devices(), dtype)
     hlo = check_program(compiled)
-    assert overlapped(hlo) == len(permutations(hlo)) == 2, "a transfer that a tick has to wait for"
+    assert overlapped(hlo) == len(arrivals(hlo)) > 0, "a transfer that a tick has to wait for"
     check_donated(compiled)
 
 

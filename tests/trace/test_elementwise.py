@@ -35,19 +35,21 @@ BINARY = {
 }
 
 
-@pytest.mark.parametrize(("name", "x"), [(n, x) for names, x in UNARY.items() for n in names.split()])
-def test_unary(name, x):
-    check_law(getattr(lax, name), (x,), expect=[Batched], sizes=(2,))
+@pytest.mark.parametrize(("names", "x"), UNARY.items(), ids=["real", "integer", "complex"])
+def test_unary(names, x):
+    operations = [getattr(lax, name) for name in names.split()]
+    check_law(lambda x: [f(x) for f in operations], (x,), expect=[Batched] * len(operations))
 
 
-@pytest.mark.parametrize(("name", "xy"), [(n, xy) for names, xy in BINARY.items() for n in names.split()])
-def test_binary(name, xy):
-    f = getattr(lax, name)
+@pytest.mark.parametrize(("names", "xy"), BINARY.items(), ids=["real", "integer", "complex"])
+def test_binary(names, xy):
+    """Two batched operands; a batched one and a row that is the same for all."""
+    operations = [getattr(lax, name) for name in names.split()]
     x, y = xy
-    both = trace(lambda x, y: f(x, y), (x, y))
-    shared = trace(lambda x, y: f(x, jnp.broadcast_to(y, x.shape)), (x,), (y[0],))
+    both = trace(lambda x, y: [f(x, y) for f in operations], (x, y))
+    shared = trace(lambda x, y: [f(x, jnp.broadcast_to(y, x.shape)) for f in operations], (x,), (y[0],))
     for traced in (both, shared):
-        assert [type(t) for t in traced.out_types()] == [Batched]
+        assert [type(t) for t in traced.out_types()] == [Batched] * len(operations)
 
 
 LEGAL = {

@@ -147,7 +147,7 @@ def compose(program):
 STEPS = st.tuples(st.integers(0, len(OPS) - 1), st.integers(1, 5), st.integers(1, 7), st.integers(0, 3))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(STEPS, min_size=1, max_size=6))
 def test_what_is_accepted_obeys_the_law(program):
     with contextlib.suppress(TraceError):  # to refuse is always sound

@@ -18,7 +18,7 @@ _NONLINEAR = """
     log1p log2 logistic lt_to max min mulhi ne nextafter not one_minus_square or polygamma polynomial population_count
     pow random_gamma_grad reduce_precision regularized_incomplete_beta rem round rsqrt shift_left
     shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh threefry2x32 xor zeta
-""".split()  # noqa: SIM905
+""".split()
 
 
 def _elementwise(eqn: Eqn, types: Sequence[BatchType]) -> list[BatchType]:
