@@ -54,7 +54,7 @@ class StateLayout:
         return hash(self.token)
 
     def buffer_sharding(self, index: int) -> NamedSharding:
-        spec = self.packing.buffers[index].tag
+        spec = self.packing.buffers[index].tag if index < self.packing.num_slots else None  # pools are flat
         return NamedSharding(self.mesh, PartitionSpec(self.stage_axis, *(spec if isinstance(spec, tuple) else ())))
 
     @property

@@ -1,0 +1,1 @@
+"""Pipelined steps against the undecorated ones, in float64."""
