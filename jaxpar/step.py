@@ -19,6 +19,7 @@ from jaxpar.lower import (
     PlacedState,
     StateLayout,
     estimate_memory,
+    find_permutes_in_branches,
     gather_leaves,
     init_leaves,
     place_leaves,
@@ -58,6 +59,7 @@ class PipelinedStep:
         self._signature, self._axes, self._options = signature, axes, options
         self._mesh = Mesh(mesh.devices, mesh.axis_names)  # with axes that are left to the compiler
         self._built: dict[Any, Built] = {}
+        self._compiled: dict[Any, Any] = {}  # where it had to be checked first
         self._layouts: tuple[StateLayout, ...] | None = None
         self._last: Built | None = None
         self.__name__ = signature.name
@@ -74,8 +76,29 @@ class PipelinedStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args = self._signature.normalise(args, kwargs)
         built = self._prepare(args)
-        placed = self._placed_arguments(built, args)
-        return self._finish(built, *built.jitted(*placed))
+        run = self._checked(built) if self._leaves_axes_to_cpu else built.jitted
+        return self._finish(built, *run(*self._placed_arguments(built, args)))
+
+    @property
+    def _leaves_axes_to_cpu(self) -> bool:
+        free = [n for a, n in self._mesh.shape.items() if a not in self._axes.manual]
+        return any(n > 1 for n in free) and self._mesh.devices.flat[0].platform == "cpu"
+
+    def _checked(self, built: Built) -> Any:
+        """The compiled step, once it is known that it can't hang."""
+        if built.arguments.key not in self._compiled:
+            compiled = built.jitted.lower(*self._abstract_arguments(built)).compile()
+            if found := find_permutes_in_branches(compiled.as_text()):
+                raise LowerError(
+                    f"with these shardings XLA moves data between devices inside {self.__name__}'s stages by "
+                    f"collective-permutes ({len(found)} of them, the first for {found[0]}), on which the emulated "
+                    "devices of XLA:CPU wait for ever. Operations that move elements along a sharded dimension (roll, "
+                    "reverse, a slice or split that doesn't match the shards) need them: constrain their operands to "
+                    "be whole along that dimension (jax.lax.with_sharding_constraint), or shard another one. On GPUs "
+                    "and TPUs they are fine."
+                )
+            self._compiled[built.arguments.key] = compiled
+        return self._compiled[built.arguments.key]
 
     def _finish(self, built: Built, states: Sequence[PlacedState], outputs: Sequence[Any]) -> Any:
         rest = iter([x for i, x in enumerate(outputs) if i not in built.machine.outputs.state])

@@ -13,7 +13,7 @@ import optax
 import orbax.checkpoint
 import pytest
 from flax.training import train_state
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpar
@@ -309,7 +309,7 @@ def test_a_state_that_is_only_read_is_not_donated():
     batch = make_batch()
     pipelined.plan(params, frozen, batch)
     placed, placed_frozen = pipelined.place(params, frozen)
-    new, loss = pipelined(placed, placed_frozen, batch)
+    new, _ = pipelined(placed, placed_frozen, batch)
     assert placed.is_deleted
     assert not placed_frozen.is_deleted
     expected, _ = jax.jit(step)(params, frozen, batch)
@@ -674,7 +674,9 @@ def test_a_state_moves_to_another_mesh():
     first, second = parallelize(case.step), parallelize(case.step, mesh=make_mesh({"stage": 4, "data": 2}))
     placed, _ = first(case.state, case.batch)
     moved, _ = second(first.gather(placed), case.batch)
-    expected = run_steps(dataclasses.replace(case, make_batch=lambda n, s: case.batch), jax.jit(case.step), case.state, 2)
+    expected = run_steps(
+        dataclasses.replace(case, make_batch=lambda n, s: case.batch), jax.jit(case.step), case.state, 2
+    )
     assert_same(second.gather(moved), expected[0])
 
 

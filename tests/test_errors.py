@@ -104,7 +104,12 @@ _COUPLED = {
 _OF_THE_BATCH = {
     "batch_not_used": ["batch['x']", "batch['y']", "batch_argnums"],
     "batch_without_array": ["(batch)", "no array", "batch_argnums=(1,)"],
-    "batch_of_different_sizes": ["[31, 32]", "batch['extra'] : float64[31]", "batch['x'] : float64[32, 12]", "another argument"],
+    "batch_of_different_sizes": [
+        "[31, 32]",
+        "batch['extra'] : float64[31]",
+        "batch['x'] : float64[32, 12]",
+        "another argument",
+    ],
 }
 _ACCEPTED = {"batch_of_scalars"}  # see test_api.py
 

@@ -19,7 +19,7 @@ from jax import lax
 from jaxpar import _jax
 from jaxpar.lower.evaluate import Env, Rows, evaluate
 from jaxpar.lower.invariants import expand_invariants
-from jaxpar.lower.packing import Place, add_to_buffers, fill_buffers, read_place
+from jaxpar.lower.packing import Place, add_to_buffers, fill_buffers, keep_whole, read_place
 from jaxpar.lower.rounds import Source
 from jaxpar.lower.slots import Mail, Residuals, RingPlace
 from jaxpar.plan import Bundle, Node, StageGraph
@@ -189,7 +189,8 @@ def run_branch(
             carry["rings"][place.ring] = _write_ring(ring, registers[column + place.column], place, value)
     for box, values in branch.sends:
         packing = mail.boxes[box].packing
-        carry["sent"][box] = fill_buffers(packing, [p for _, p in values], [_jax.unwrap_key(env[v]) for v, _ in values])
+        payload = [keep_whole(_jax.unwrap_key(env[v])) for v, _ in values]
+        carry["sent"][box] = fill_buffers(packing, [place for _, place in values], payload)
     for op in dict.fromkeys(op for *_, op in branch.partials):
         chosen = [(place, env[v]) for v, place, o in branch.partials if o == op]
         places, partials = zip(*chosen, strict=True)
@@ -204,7 +205,8 @@ def run_branch(
 def _read_ring(ring: Any, base: Any, place: RingPlace) -> tuple[Any, Any]:
     if place.flat:
         size = int(np.prod(place.shape, dtype=np.int64))
-        value = lax.dynamic_slice_in_dim(ring, base + place.index, size).reshape(place.shape)
+        value = lax.dynamic_slice_in_dim(keep_whole(ring), base + place.index, size)
+        value = keep_whole(value).reshape(place.shape)
     else:
         value = lax.dynamic_index_in_dim(ring, base + place.index, keepdims=False)
     # Without the barrier XLA:CPU copies the whole ring in every branch: it can't see that the read comes before the
@@ -214,14 +216,16 @@ def _read_ring(ring: Any, base: Any, place: RingPlace) -> tuple[Any, Any]:
 
 def _write_ring(ring: Any, base: Any, place: RingPlace, value: Any) -> Any:
     if place.flat:
-        return lax.dynamic_update_slice_in_dim(ring, jnp.ravel(value), base + place.index, 0)
+        return lax.dynamic_update_slice_in_dim(ring, jnp.ravel(keep_whole(value)), base + place.index, 0)
     return lax.dynamic_update_index_in_dim(ring, value, base + place.index, 0)
 
 
 def _stage(staging: list[Any], place: RingPlace, value: Any) -> None:
     """Put a residual where `store_residuals` finds it."""
     if place.flat:
-        staging[place.ring] = lax.dynamic_update_slice(staging[place.ring], jnp.ravel(value), (place.index,))
+        staging[place.ring] = lax.dynamic_update_slice(
+            staging[place.ring], jnp.ravel(keep_whole(value)), (place.index,)
+        )
     else:
         staging[place.ring] = [*staging[place.ring][: place.index], value, *staging[place.ring][place.index + 1 :]]
 

@@ -19,9 +19,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 _SMALL_BYTES = 1024
 _WASTE = 0.05
@@ -136,11 +138,27 @@ def _choose_slots(counts: Sequence[Counter[Item]]) -> dict[Item, int]:
 # -- run time ----------------------------------------------------------------------------------------------------------
 
 
+def keep_whole(x: Any) -> Any:
+    """`x` on every device of the axes that are left to the compiler.
+
+    Flat buffers mix values of different shardings; were they sharded, each slice of them would be an exchange.
+    """
+    return keep_sharding(x, ())
+
+
+def keep_sharding(x: Any, spec: Any) -> Any:
+    """`x` sharded by `spec` over the axes that are left to the compiler, if the mesh has any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = mesh.axis_names and any(t == AxisType.Auto for t in mesh.axis_types)
+    return lax.with_sharding_constraint(x, PartitionSpec(*spec)) if free else x
+
+
 def read_place(buffers: Sequence[Any], place: Place) -> Any:
     buffer = buffers[place.buffer]
     if place.offset is None:
         return buffer
-    return lax.slice(buffer, (place.offset,), (place.offset + math.prod(place.shape),)).reshape(place.shape)
+    end = place.offset + math.prod(place.shape)
+    return keep_whole(lax.slice(keep_whole(buffer), (place.offset,), (end,))).reshape(place.shape)
 
 
 def fill_buffers(packing: Packing, places: Sequence[Place], values: Sequence[Any]) -> list[Any]:
@@ -161,11 +179,11 @@ def fill_buffers(packing: Packing, places: Sequence[Place], values: Sequence[Any
 def _concatenate_pool(buffer: Item, parts: Sequence[tuple[int, Any]]) -> Any:
     if not parts:
         return jnp.zeros(buffer.shape, buffer.dtype)
-    flat = [jnp.ravel(value) for _, value in parts]
+    flat = [jnp.ravel(keep_whole(value)) for _, value in parts]
     missing = buffer.elements - sum(x.size for x in flat)
     if missing:
         flat.append(jnp.zeros((missing,), buffer.dtype))
-    return jnp.concatenate(flat)
+    return keep_whole(jnp.concatenate(flat))
 
 
 def add_to_buffers(buffers: Sequence[Any], places: Sequence[Place], values: Sequence[Any], combine: Any) -> list[Any]:
@@ -182,9 +200,9 @@ def add_to_buffers(buffers: Sequence[Any], places: Sequence[Place], values: Sequ
         buffer, start, _ = pooled[0]
         run, end = [], start
         while pooled and pooled[0][0] == buffer and pooled[0][1] == end:
-            run.append(jnp.ravel(pooled.pop(0)[2]).astype(out[buffer].dtype))
+            run.append(jnp.ravel(keep_whole(pooled.pop(0)[2])).astype(out[buffer].dtype))
             end += run[-1].size
         old = lax.slice(out[buffer], (start,), (end,))
         joined = run[0] if len(run) == 1 else jnp.concatenate(run)
-        out[buffer] = lax.dynamic_update_slice(out[buffer], combine(old, joined), (start,))
+        out[buffer] = keep_whole(lax.dynamic_update_slice(out[buffer], combine(old, joined), (start,)))
     return out

@@ -240,11 +240,13 @@ class _Planner:
             groups = tuple(tuple(zip(g.places[rank], g.values[rank], strict=True)) for g in self.groups)
             everywhere = tuple(self.everywhere)
         targets = [*small, *(v for v in outgoing if v is not None), *(v for g in groups for _, v in g), *everywhere]
-        inputs, eqns = self._closure(rank, [v for v in targets if isinstance(v, Var)])
+        inputs, eqns = self._closure(rank, level, [v for v in targets if isinstance(v, Var)])
         placed = tuple(zip(packing.places[rank], small, strict=True))
         return _Program(inputs, eqns, placed, outgoing, groups, everywhere)
 
-    def _closure(self, rank: int, targets: Sequence[Var]) -> tuple[tuple[tuple[Var, Source], ...], tuple[Eqn, ...]]:
+    def _closure(
+        self, rank: int, level: int, targets: Sequence[Var]
+    ) -> tuple[tuple[tuple[Var, Source], ...], tuple[Eqn, ...]]:
         """Equations behind the targets in depth-first order, which doesn't depend on the order of the user's tree."""
         inputs: dict[Var, Source] = {}
         eqns: dict[Eqn, None] = {}
@@ -253,7 +255,7 @@ class _Planner:
             v, ready = stack.pop()
             if v in inputs or self.producer.get(v) in eqns:
                 continue
-            source = self._find_source(v, rank)
+            source = self._find_source(v, rank, level)
             if source is not None:
                 inputs[v] = source
             elif ready:
@@ -263,17 +265,21 @@ class _Planner:
                 stack.extend((u, False) for u in reversed(self.producer[v].reads))
         return tuple(inputs.items()), tuple(eqns)
 
-    def _find_source(self, v: Var, rank: int) -> Source | None:
+    def _find_source(self, v: Var, rank: int, level: int) -> Source | None:
+        """Where a rank finds a value in round `level`; None if it has to compute it.
+
+        What all ranks were given, its owner reads from there too: so the work that all ranks do is the same program.
+        """
+        home = self.home[v]
+        if home is not None and self.exchanged.get((v, home), level) < level:
+            sent, place = self.small_place[v, home]
+            return Source(f"small{sent}", place, home)
         if v in self.sources[rank]:
             return self.sources[rank][v]
-        home = self.home[v]
         if home is None or home == rank:
             return None
-        if (v, home) in self.exchanged:
-            level, place = self.small_place[v, home]
-            return Source(f"small{level}", place, home)
-        level, number = self.send_index[v, rank]
-        return Source(f"sent{level}", None, number)
+        sent, number = self.send_index[v, rank]
+        return Source(f"sent{sent}", None, number)
 
 
 def is_small(v: Var) -> bool:

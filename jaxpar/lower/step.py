@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxpar import _jax
-from jaxpar.lower.layout import PlacedState
+from jaxpar.lower.layout import PlacedState, StateLayout
 from jaxpar.lower.machine import Machine
-from jaxpar.lower.packing import read_place
+from jaxpar.lower.packing import keep_sharding, read_place
 from jaxpar.lower.run import run_machine
 from jaxpar.trace import Batched, Var
 
@@ -34,7 +34,7 @@ def build_step(machine: Machine, mesh: Mesh) -> Callable[..., Any]:
     distinct = list(dict.fromkeys(program.outputs[i] for i in machine.outputs.batched))
 
     def local(buffers: Sequence[Sequence[Any]], shared: Sequence[Any], batch: Sequence[Any]) -> Any:
-        mine = [[b[0] for b in row] for row in buffers]
+        mine = [_own_buffers(layout, row) for layout, row in zip(machine.layouts, buffers, strict=True)]
         states, everywhere, located, batched = run_machine(machine, mine, shared, batch)
         rows = [_join_microbatches(x, program.type_of(v)) for x, v in zip(batched, distinct, strict=True)]
         return (
@@ -72,6 +72,14 @@ def build_step(machine: Machine, mesh: Mesh) -> Callable[..., Any]:
         return _new_states(machine, new_buffers, outputs), outputs
 
     return step
+
+
+def _own_buffers(layout: StateLayout, buffers: Sequence[Any]) -> list[Any]:
+    """This rank's buffers, sharded over the axes that are left to the compiler as the user's leaves were."""
+    return [
+        keep_sharding(b[0], item.tag) if item.tag and k < layout.packing.num_slots else b[0]
+        for k, (b, item) in enumerate(zip(buffers, layout.packing.buffers, strict=True))
+    ]
 
 
 def _shared_inputs(machine: Machine, states: Sequence[PlacedState], shared: Sequence[Any]) -> list[Any]:

@@ -17,7 +17,9 @@ def test_one_stage_one_replica_one_microbatch(name):
     check(name, Setting(1, 1, 1, "gpipe"))
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_per_example", "indexed_loss", "integers_and_keys", "while_batched", "gpt"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "mlp_per_example", "indexed_loss", "integers_and_keys", "while_batched", "gpt"]
+)
 def test_one_example_in_a_microbatch(name):
     """At size 1 JAX traces other equations (`squeeze`, no `broadcast`), which must not matter."""
     check(name, Setting(2, 2, 4, "1f1b"), batch_size=8)

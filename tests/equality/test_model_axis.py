@@ -1,6 +1,10 @@
-"""A third mesh axis that the user shards parameters over: tensor parallelism inside the stages, left to the compiler."""
+"""A third mesh axis that the user shards parameters over: tensor parallelism inside the stages, left to the
+compiler."""
 
 from __future__ import annotations
+
+import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpar
+from jaxpar.lower import find_permutes_in_branches
 from tests.equality.grid import small_case
-from tests.hlo import check_pipeline, parse_hlo
+from tests.hlo import parse_hlo, tick_conditionals
 from tests.oracle import assert_same, run_reference, run_steps
 
 # Where a compiler-inserted collective permute ends up in a branch the program hangs, on the CPU at least, so each test
@@ -47,18 +52,19 @@ def alternating(path):
 def run_and_compare(case, train_step, mesh, state, **options):
     """Three steps from `state` on `mesh`, compared with the undecorated step on one device; the step and its state."""
     step = jaxpar.parallelize(train_step, mesh=mesh, num_microbatches=4, **options)
-    check_pipeline_alone(step, state, case)
+    check_branches(step, state, case)
     placed, outputs = run_steps(case, step, step.place(state), 3)
     assert_same(outputs, run_reference(case).outputs)
     assert_same(step.gather(placed), run_reference(case).state)
     return step, placed
 
 
-def check_pipeline_alone(step, state, case):
+def check_branches(step, state, case):
+    """No transfer between ranks in a branch of the switch, which still is one: it would wait for ever."""
     compiled = step.lower(state, case.batch, *case.extra).compile()
     hlo = parse_hlo(compiled.as_text())
-    assert hlo.in_branches("collective-permute.*") == [], "this would hang"
-    check_pipeline(hlo, compiled.built.machine)
+    assert hlo.in_branches("collective-permute.*") == []
+    assert max(tick_conditionals(hlo)) == compiled.built.machine.num_stage_programs + 1
 
 
 @pytest.mark.parametrize("spec_of", [columns, alternating])
@@ -69,7 +75,9 @@ def test_gpt(shape, spec_of):
     _, placed = run_and_compare(case, case.step, mesh, state)
     sharded = [b for b in placed.buffers if "model" in b.sharding.spec]
     kernels = sum(spec_of(jax.tree_util.keystr(path)) is not None for path, _ in jax.tree.leaves_with_path(state))
-    per_rank = max(sum(bool(leaf.spec) and leaf.rank == r for leaf in placed.layout.leaves) for r in range(shape["stage"]))
+    per_rank = max(
+        sum(bool(leaf.spec) and leaf.rank == r for leaf in placed.layout.leaves) for r in range(shape["stage"])
+    )
     assert sum(bool(leaf.spec) for leaf in placed.layout.leaves) == kernels
     assert len(sharded) >= per_rank > 0
     for buffer in sharded:
@@ -98,7 +106,9 @@ def test_mesh_of_either_kind(axis_type):
     assert any("model" in b.sharding.spec for b in placed.buffers)
 
 
-@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model"), P(("data", "model"), None), P(("model",))], ids=str)
+@pytest.mark.parametrize(
+    "spec", [P(None, "model"), P("data", "model"), P(("data", "model"), None), P(("model",))], ids=str
+)
 def test_constraint_inside_the_step(spec):
     """A constraint acts over the axes that are left to the compiler; those of the pipeline fall out of it."""
     case, mesh = small_case("mlp"), make_mesh({"stage": 2, "data": 2, "model": 2})
@@ -130,3 +140,46 @@ def test_constraint_on_a_weight_of_the_gpt():
         return case.step(state.replace(params=jax.tree.map_with_path(constrain, state.params)), batch)
 
     run_and_compare(case, train_step, mesh, case.state)
+
+
+_MIXES = {
+    "halves": lambda h: jnp.concatenate([h[:, :6] * h[:, 6:], h[:, :6]], axis=-1),  # a gated unit
+    "rotary": lambda h: 0.5 * h + jnp.concatenate([-h[:, 6:], h[:, :6]], axis=-1),
+    "thirds": lambda h: jnp.concatenate([x * (i + 1) for i, x in enumerate(jnp.split(h, 3, axis=-1))], axis=-1),
+    "roll": lambda h: h + jnp.roll(h, 1, axis=-1),
+    "reverse": lambda h: h + h[:, ::-1],
+    "shift": lambda h: h + jnp.pad(h[:, 1:], ((0, 0), (0, 1))),
+}
+
+
+@pytest.mark.parametrize("mix", _MIXES)
+def test_operations_that_move_elements_along_a_sharded_dimension(mix):
+    """The compiler likes to make them of collective permutes, which all devices would have to take part in.
+
+    So the step gives the right numbers, or it is refused; it never hangs.
+    """
+    case, mesh = small_case("mlp", depth=4), make_mesh({"stage": 2, "data": 2, "model": 2})
+
+    def train_step(params, batch, constrain=True):
+        def loss_fn(params):
+            x = batch["x"]
+            for layer in params[:-1]:
+                h = jnp.tanh(x @ layer["w"] + layer["b"])
+                h = jax.lax.with_sharding_constraint(h, NamedSharding(mesh, P(None, "model"))) if constrain else h
+                x = _MIXES[mix](h)
+            y = x @ params[-1]["w"] + params[-1]["b"]
+            return jnp.sum((y - batch["y"]) ** 2, axis=-1).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        return jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), {"loss": loss}
+
+    reference = partial(train_step, constrain=False)
+    case = dataclasses.replace(case, name=f"mlp {mix}", step=reference)
+    step = jaxpar.parallelize(train_step, mesh=mesh, num_microbatches=4)
+    if find_permutes_in_branches(step.lower(case.state, case.batch).compile().as_text()):
+        placed = step.place(case.state)
+        with pytest.raises(jaxpar.LowerError, match=r"collective-permutes \(\d+ of them.*constrain their operands"):
+            step(placed, case.batch)
+        assert_same(step.gather(placed), case.state)
+    else:
+        run_and_compare(case, train_step, mesh, case.state)

@@ -12,12 +12,13 @@ from tests.zoo import CASES
 pytestmark = pytest.mark.slow
 
 _SETTINGS = [
-    Setting(*values)
-    for values in itertools.product((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8, 16), ("gpipe", "1f1b"))
+    Setting(*values) for values in itertools.product((1, 2, 4, 8), (1, 2), (1, 2, 3, 4, 8, 16), ("gpipe", "1f1b"))
 ]
 _VARIANTS = [
     Setting(*values)
-    for values in itertools.product((2, 4, 8), (1,), (1, 4, 16), ("1f1b extra=0", "1f1b exchange=1", "gpipe exchange=1"))
+    for values in itertools.product(
+        (2, 4, 8), (1,), (1, 4, 16), ("1f1b extra=0", "1f1b exchange=1", "gpipe exchange=1")
+    )
 ]
 
 
