@@ -24,7 +24,7 @@ from jaxpar.lower import (
     init_leaves,
     place_leaves,
 )
-from jaxpar.passes import Built, Options, free_spec, run_passes
+from jaxpar.passes import Built, Options, collector_paused, free_spec, run_passes
 from jaxpar.plan import Plan
 from jaxpar.schedule import Timetable
 from jaxpar.show import explain_step
@@ -59,7 +59,7 @@ class PipelinedStep:
         self._signature, self._axes, self._options = signature, axes, options
         self._mesh = Mesh(mesh.devices, mesh.axis_names)  # with axes that are left to the compiler
         self._built: dict[Any, Built] = {}
-        self._compiled: dict[Any, Any] = {}  # where it had to be checked first
+        self._compiled: dict[Any, Any] = {}
         self._layouts: tuple[StateLayout, ...] | None = None
         self._last: Built | None = None
         self.__name__ = signature.name
@@ -76,29 +76,37 @@ class PipelinedStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args = self._signature.normalise(args, kwargs)
         built = self._prepare(args)
-        run = self._checked(built) if self._leaves_axes_to_cpu else built.jitted
-        return self._finish(built, *run(*self._placed_arguments(built, args)))
+        inputs = self._placed_arguments(built, args)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs))  # inside somebody's jit
+        run = built.jitted if traced else self._compile(built)
+        return self._finish(built, *run(*inputs))
 
-    @property
-    def _leaves_axes_to_cpu(self) -> bool:
-        free = [n for a, n in self._mesh.shape.items() if a not in self._axes.manual]
-        return any(n > 1 for n in free) and self._mesh.devices.flat[0].platform == "cpu"
+    def _lower(self, built: Built) -> Any:
+        with collector_paused():
+            return built.jitted.lower(*self._abstract_arguments(built))
 
-    def _checked(self, built: Built) -> Any:
+    def _compile(self, built: Built, lowered: Any = None) -> Any:
         """The compiled step, once it is known that it can't hang."""
-        if built.arguments.key not in self._compiled:
-            compiled = built.jitted.lower(*self._abstract_arguments(built)).compile()
-            if found := find_permutes_in_branches(compiled.as_text()):
-                raise LowerError(
-                    f"with these shardings XLA moves data between devices inside {self.__name__}'s stages by "
-                    f"collective-permutes ({len(found)} of them, the first for {found[0]}), on which the emulated "
-                    "devices of XLA:CPU wait for ever. Operations that move elements along a sharded dimension (roll, "
-                    "reverse, a slice or split that doesn't match the shards) need them: constrain their operands to "
-                    "be whole along that dimension (jax.lax.with_sharding_constraint), or shard another one. On GPUs "
-                    "and TPUs they are fine."
-                )
-            self._compiled[built.arguments.key] = compiled
-        return self._compiled[built.arguments.key]
+        key = built.arguments.key
+        if key not in self._compiled:
+            compiled = (lowered or self._lower(built)).compile()
+            self._check_compiled(compiled)
+            self._compiled[key] = compiled
+        return self._compiled[key]
+
+    def _check_compiled(self, compiled: Any) -> None:
+        free = [n for a, n in self._mesh.shape.items() if a not in self._axes.manual]
+        if self._mesh.devices.flat[0].platform != "cpu" or all(n == 1 for n in free):
+            return
+        if found := find_permutes_in_branches(compiled.as_text()):
+            raise LowerError(
+                f"with these shardings XLA moves data between devices inside {self.__name__}'s stages by "
+                f"collective-permutes ({len(found)} of them, the first for {found[0]}), on which the emulated "
+                "devices of XLA:CPU wait for ever. Operations that move elements along a sharded dimension (roll, "
+                "reverse, a slice or split that doesn't match the shards) need them: constrain their operands to "
+                "be whole along that dimension (jax.lax.with_sharding_constraint), or shard another one. On GPUs "
+                "and TPUs they are fine."
+            )
 
     def _finish(self, built: Built, states: Sequence[PlacedState], outputs: Sequence[Any]) -> Any:
         rest = iter([x for i, x in enumerate(outputs) if i not in built.machine.outputs.state])
@@ -131,7 +139,14 @@ class PipelinedStep:
                 return state.make(layouts, self._axes)
             state = state.tree
         if not isinstance(state, PlacedState):
-            return place_leaves(layouts[k], jax.tree.leaves(state))
+            leaves = jax.tree.leaves(state)
+            if any(isinstance(x, jax.core.Tracer) for x in leaves):
+                raise LowerError(
+                    f"{self.__name__} is called inside a transformed function (jit, scan, ...), where it can't place "
+                    f"{self._state_names[k]}. Outside, call {self.__name__}.plan(...) and {self.__name__}.place(...) "
+                    "first, and pass what place returns."
+                )
+            return place_leaves(layouts[k], leaves)
         self._check_placed(layouts[k], state, self._state_names[k])
         return state
 
@@ -279,7 +294,7 @@ class PipelinedStep:
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """The step, lowered for its mesh ahead of time; `.compile()` compiles it."""
         built = self._examine(args, kwargs)
-        return Lowered(self, built, built.jitted.lower(*self._abstract_arguments(built)))
+        return Lowered(self, built, self._lower(built))
 
     def _abstract_arguments(self, built: Built) -> tuple[list, list, list, list]:
         everywhere = NamedSharding(self._mesh, P())
@@ -316,7 +331,9 @@ class PipelinedStep:
                 x for a, tree in zip(args, arguments.trees, strict=True) if tree is not None for x in _user_leaves(a)
             ]
             specs = [free_spec(x, self._axes) for x in leaves]
-            built = run_passes(arguments, specs, self._mesh, self._axes, self._options, self._layouts_for(arguments))
+            layouts = self._layouts_for(arguments)
+            with collector_paused():
+                built = run_passes(arguments, specs, self._mesh, self._axes, self._options, layouts)
             self._built[arguments.key], self._layouts = built, built.layouts
         self._last = self._built[arguments.key]
         return self._last
@@ -364,7 +381,8 @@ class Lowered:
         return self.lowered.as_text()
 
     def compile(self) -> Compiled:
-        return Compiled(self.step, self.built, self.lowered.compile())
+        """Compile; later calls of the step with such arguments use the same program."""
+        return Compiled(self.step, self.built, self.step._compile(self.built, self.lowered))
 
 
 @dataclass(frozen=True, eq=False)

@@ -618,14 +618,25 @@ def test_compiled_ahead_of_time():
 
 
 def test_compiled_once():
-    """The first call and the next, arrays of NumPy and of JAX, do the same thing."""
+    """Ahead of time, at the first call and the next, for arrays of NumPy and of JAX: one program."""
     step, batch = parallelize(), make_batch()
+    compiled = step.lower(make_params(), batch).compile().compiled
     params, _ = step(make_params(), batch)
-    jitted = step._last.jitted
     params, _ = step(params, batch)
     step(params, jax.tree.map(jnp.asarray, batch))
-    assert step._last.jitted is jitted
-    assert jitted._cache_size() == 1
+    assert list(step._compiled.values()) == [compiled]
+
+
+def test_inside_a_jitted_function():
+    """A loop over batches: the pipelined step is traced into it."""
+    step, params, batch = parallelize(), make_params(), make_batch()
+    batches = jax.tree.map(lambda x: np.stack([x, 2 * x]), batch)
+    expected, losses = jax.lax.scan(train_step, params, batches)
+    train = jax.jit(lambda state: jax.lax.scan(step, state, batches))
+    with pytest.raises(jaxpar.LowerError, match=r"can't place params.*train_step.place"):
+        train(params)
+    state, found = train(step.place(params))
+    assert_same((step.gather(state), found), (expected, losses))
 
 
 # -- saving and restoring ---------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ stages share one branch, however many layers there are.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxpar import _jax
@@ -147,7 +148,7 @@ def register_values(branch: Branch, microbatch: int, residuals: Residuals, mail:
         if kind == "mail":
             values.append(mail.row[bundle, microbatch])
         else:
-            values.extend(residuals.bases[bundle, microbatch])
+            values.extend(residuals.columns[bundle, microbatch])
     return values
 
 
@@ -165,28 +166,28 @@ def run_branch(
 ) -> Carry:
     """Evaluate one action. `rows.first` is that of the micro-batch."""
     carry = {name: list(buffers) for name, buffers in carry.items()}
+    column = functools.cache(lambda k: registers[k])  # most values of a bundle are in the same row of their rings
     env: Env = {}
     for v, source in branch.invariants:
         assert source.place is not None
         env[v] = _jax.wrap_key(read_place(stored[source.group], source.place), v.dtype)
     for v, leaf in branch.batch:
         env[v] = lax.dynamic_slice_in_dim(batch[leaf], registers[MICROBATCH] * rows.count, rows.count)
-    for v, column, place in branch.ring_reads:
-        raw, carry["rings"][place.ring] = _read_ring(
-            carry["rings"][place.ring], registers[column + place.column], place
-        )
+    for v, first, place in branch.ring_reads:
+        ring = carry["rings"][place.ring]
+        raw, carry["rings"][place.ring] = _read_ring(ring, column(first + place.column), place)
         env[v] = _jax.wrap_key(raw, v.dtype)
-    for v, column, box, slot in branch.mail_reads:
-        raw, carry["mail"][box] = _read_mail(carry["mail"][box], registers[column], slot)
+    for v, first, box, slot in branch.mail_reads:
+        raw, carry["mail"][box] = _read_mail(carry["mail"][box], column(first), slot)
         env[v] = _jax.wrap_key(raw, v.dtype)
     evaluate(branch.eqns, env, rows)
-    for v, column, place in branch.ring_writes:
+    for v, first, place in branch.ring_writes:
         value = _jax.unwrap_key(env[v])
         if "staging" in carry:
             _stage(carry["staging"], place, value)
         else:
             ring = carry["rings"][place.ring]
-            carry["rings"][place.ring] = _write_ring(ring, registers[column + place.column], place, value)
+            carry["rings"][place.ring] = _write_ring(ring, column(first + place.column), place, value)
     for box, values in branch.sends:
         packing = mail.boxes[box].packing
         payload = [keep_whole(_jax.unwrap_key(env[v])) for v, _ in values]
@@ -202,32 +203,28 @@ def run_branch(
     return carry
 
 
-def _read_ring(ring: Any, base: Any, place: RingPlace) -> tuple[Any, Any]:
-    if place.flat:
-        size = int(np.prod(place.shape, dtype=np.int64))
-        value = lax.dynamic_slice_in_dim(keep_whole(ring), base + place.index, size)
-        value = keep_whole(value).reshape(place.shape)
+def _read_ring(ring: Any, at: Any, place: RingPlace) -> tuple[Any, Any]:
+    if place.offset is None:
+        value = lax.dynamic_index_in_dim(ring, at, keepdims=False)
     else:
-        value = lax.dynamic_index_in_dim(ring, base + place.index, keepdims=False)
+        value = lax.dynamic_slice_in_dim(keep_whole(ring), at + place.offset, math.prod(place.shape))
+        value = keep_whole(value).reshape(place.shape)
     # Without the barrier XLA:CPU copies the whole ring in every branch: it can't see that the read comes before the
     # write.
     return lax.optimization_barrier((value, ring))
 
 
-def _write_ring(ring: Any, base: Any, place: RingPlace, value: Any) -> Any:
-    if place.flat:
-        return lax.dynamic_update_slice_in_dim(ring, jnp.ravel(keep_whole(value)), base + place.index, 0)
-    return lax.dynamic_update_index_in_dim(ring, value, base + place.index, 0)
+def _write_ring(ring: Any, at: Any, place: RingPlace, value: Any) -> Any:
+    if place.offset is None:
+        return lax.dynamic_update_index_in_dim(ring, value, at, 0)
+    return lax.dynamic_update_slice_in_dim(ring, jnp.ravel(keep_whole(value)), at + place.offset, 0)
 
 
 def _stage(staging: list[Any], place: RingPlace, value: Any) -> None:
     """Put a residual where `store_residuals` finds it."""
-    if place.flat:
-        staging[place.ring] = lax.dynamic_update_slice(
-            staging[place.ring], jnp.ravel(keep_whole(value)), (place.index,)
-        )
-    else:
-        staging[place.ring] = [*staging[place.ring][: place.index], value, *staging[place.ring][place.index + 1 :]]
+    if place.offset is not None:
+        value = lax.dynamic_update_slice(staging[place.ring], jnp.ravel(keep_whole(value)), (place.offset,))
+    staging[place.ring] = value
 
 
 def store_residuals(
@@ -235,13 +232,12 @@ def store_residuals(
 ) -> list[Any]:
     """Copy one action's staged residuals to their rows of the rings."""
     rings = list(rings)
-    for column, place in places:
-        if place.flat:
-            size = int(np.prod(place.shape, dtype=np.int64))
-            value = lax.slice(staging[place.ring], (place.index,), (place.index + size,))
-        else:
-            value = staging[place.ring][place.index]
-        rings[place.ring] = _write_ring(rings[place.ring], registers[column + place.column], place, value)
+    column = functools.cache(lambda k: registers[k])
+    for first, place in places:
+        value = staging[place.ring]
+        if place.offset is not None:
+            value = lax.slice(value, (place.offset,), (place.offset + math.prod(place.shape),))
+        rings[place.ring] = _write_ring(rings[place.ring], column(first + place.column), place, value)
     return rings
 
 

@@ -15,7 +15,7 @@ from jaxpar.errors import LowerError
 from jaxpar.lower.axes import Axes
 from jaxpar.lower.evaluate import Rows
 from jaxpar.lower.layout import PlacedState, StateLayout
-from jaxpar.lower.rounds import Group, Source, build_rounds, run_rounds
+from jaxpar.lower.rounds import Source, build_rounds, make_group, run_rounds
 from jaxpar.trace.capture import pair_jaxprs
 
 P = PartitionSpec
@@ -37,8 +37,7 @@ def init_leaves(
         values = list(zip(layout.leaves, body.outputs[start : start + len(layout.leaves)], strict=True))
         start += len(layout.leaves)
         rows = [[(leaf.place, atom) for leaf, atom in values if leaf.rank == r] for r in range(axes.num_ranks)]
-        places, atoms = tuple(tuple(p for p, _ in row) for row in rows), tuple(tuple(a for _, a in row) for row in rows)
-        groups.append(Group(layout.packing, places, atoms))  # type: ignore[arg-type]
+        groups.append(make_group(layout.packing, rows))  # type: ignore[arg-type]
         everywhere += [atom for leaf, atom in values if leaf.rank is None]
     sources = {v: Source("shared", None, i) for i, v in enumerate(shared)}
     rounds = build_rounds(body.eqns, dict.fromkeys(shared), [sources] * axes.num_ranks, groups, everywhere)

@@ -109,7 +109,7 @@ class PlacedState:
     @property
     def is_deleted(self) -> bool:
         arrays = [x for x in (*self.buffers, *self.shared) if isinstance(x, jax.Array)]
-        return any(x.is_deleted() for x in arrays)
+        return any(x.is_deleted() for x in arrays if not isinstance(x, jax.core.Tracer))
 
     def __repr__(self) -> str:
         leaves, most = self.layout.leaves, max(self.layout.rank_bytes, default=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxpar.lower.invariants import expand_invariants
 from jaxpar.lower.layout import StateLayout
 from jaxpar.lower.packing import Packing, Place, pack_items
-from jaxpar.lower.rounds import Group, Rounds, Source, build_rounds, is_small, place_equations
+from jaxpar.lower.rounds import Group, Rounds, Source, build_rounds, is_small, make_group, place_equations
 from jaxpar.lower.slots import item_of
 from jaxpar.lower.totals import totals_places
 from jaxpar.plan import StageGraph
@@ -83,7 +83,7 @@ def build_prelude(
         stored = dict.fromkeys(v for n in nodes for v in expand_invariants(program, graph.programs[n].invariants)[1])
         wanted.append([v for v in stored if v not in owned[rank]])
     packing = pack_items([[item_of(v, 1) for v in row] for row in wanted])
-    group = Group(packing, packing.places, tuple(map(tuple, wanted)))
+    group = make_group(packing, [zip(p, row, strict=True) for p, row in zip(packing.places, wanted, strict=True)])
     before = [e for e in program.eqns if program.phase[e] == "before"]
     rounds = build_rounds(before, _homes(owned, shared), [{**everyone, **row} for row in owned], [group])
     found = []
@@ -131,7 +131,15 @@ def build_update(
         else:
             located[home].append(i)
     packing = pack_items([[item_of(program.outputs[i], 1) for i in row] for row in located])  # type: ignore[arg-type]
-    groups.append(Group(packing, packing.places, tuple(tuple(program.outputs[i] for i in row) for row in located)))
+    groups.append(
+        make_group(
+            packing,
+            [
+                [(p, program.outputs[i]) for p, i in zip(places, row, strict=True)]
+                for places, row in zip(packing.places, located, strict=True)
+            ],
+        )
+    )
     rounds = build_rounds(eqns, homes, sources, groups, [program.outputs[i] for i in everywhere], hints)
     batched = tuple(i for i, a in enumerate(program.outputs) if program.is_batched(a))
     places = tuple((i, r, p) for r, row in enumerate(located) for i, p in zip(row, packing.places[r], strict=True))
@@ -159,15 +167,9 @@ def _new_state(
             if isinstance(atom, Var):
                 hints[atom] = leaf.rank
         if first in output_of:
-            groups.append(_group(layout.packing, values))
+            groups.append(make_group(layout.packing, values))
         first += len(layout.leaves)
     return groups, everywhere, hints
-
-
-def _group(packing: Packing, values: Sequence[Sequence[tuple[Place, Atom]]]) -> Group:
-    return Group(
-        packing, tuple(tuple(p for p, _ in row) for row in values), tuple(tuple(v for _, v in row) for row in values)
-    )
 
 
 def _computable(eqns: Sequence[Eqn], homes: Mapping[Var, int | None]) -> list[Eqn]:

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-_SMALL_BYTES = 1024
+_SMALL_BYTES = 16
 _WASTE = 0.05
 
 

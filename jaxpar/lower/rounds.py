@@ -1,11 +1,11 @@
 """Work that happens once per step, before and after the micro-batches: each rank for the state that it owns.
 
 Values live at one rank, or everywhere. An equation runs where its inputs live; scalars made of values of several
-ranks (a global
-norm) are computed everywhere. The work is cut into rounds: in each, every rank computes what the others need of it,
-and the
-values are exchanged; in the last it computes its results. A round starts from the stored buffers and from what was
-exchanged: what little two rounds have in common is computed twice, so nothing else has to be stored between them.
+ranks (a global norm) are computed everywhere. The work is cut into rounds: in each, every rank computes what the
+others need of it, and the values are exchanged; in the last it computes its results. A round starts from the stored
+buffers and from what was exchanged: what little two rounds have in common is computed twice, so nothing else has to
+be stored between them. What every rank would compute alike, from what all of them have, is done before the ranks'
+own programs, once for all.
 """
 
 from __future__ import annotations
@@ -49,6 +49,23 @@ class Group:
     values: tuple[tuple[Atom, ...], ...]
 
 
+def make_group(packing: Packing, rows: Sequence[Iterable[tuple[Place, Atom]]]) -> Group:
+    """In the order of the places, which equal ranks have in common, whatever the order of the user's tree."""
+    ordered = [sorted(row, key=lambda entry: (entry[0].buffer, entry[0].offset or 0)) for row in rows]
+    return Group(
+        packing, tuple(tuple(p for p, _ in row) for row in ordered), tuple(tuple(v for _, v in row) for row in ordered)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Common:
+    """What every rank does at the beginning of a round, and which of the values its own program reads."""
+
+    inputs: tuple[tuple[Var, Source], ...]
+    eqns: tuple[Eqn, ...]
+    values: tuple[Var, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class _Program:
     """What one rank does in one round."""
@@ -72,6 +89,7 @@ class _Program:
 
 @dataclass(frozen=True, eq=False)
 class _Round:
+    common: _Common
     programs: tuple[_Program, ...]
     program_of: tuple[int, ...]  # by rank
     small: Packing
@@ -159,6 +177,8 @@ class _Planner:
         self.level: dict[tuple[Var, int], int] = {}
         self.exchanged: dict[tuple[Var, int], int] = {}  # (value, its rank) -> level of the exchange
         self.large: dict[tuple[Var, int, int], int] = {}  # (value, from, to) -> level
+        self.first_stored = _find_first_stored(eqns, self.home, sources)
+        self.common: dict[Var, Source] = {}
         self.small_place: dict[tuple[Var, int], tuple[int, Place]] = {}
         self.send_index: dict[tuple[Var, int], tuple[int, int]] = {}
 
@@ -166,22 +186,30 @@ class _Planner:
 
     def _need(self, v: Var, rank: int) -> int:
         """The round in which `rank` can first have `v`; notes the exchanges that this takes."""
-        if (v, rank) in self.level:
-            return self.level[v, rank]
-        home = self.home[v]
-        if home is not None and home != rank:
-            sent = self._need(v, home)
-            if is_small(v):
-                self.exchanged[v, home] = sent
+        stack = [(v, rank)]
+        while stack:
+            u, at = stack[-1]
+            owner = self.home[u]
+            home = at if owner is None else owner
+            if home != at:
+                before = [(u, home)]
+            elif u in self.producer and u not in self.sources[at]:
+                before = [(w, at) for w in self.producer[u].reads]
             else:
-                self.large[v, home, rank] = sent
-            level = sent + 1
-        elif v in self.producer and v not in self.sources[rank]:
-            level = max((self._need(u, rank) for u in self.producer[v].reads), default=0)
-        else:
-            level = 0
-        self.level[v, rank] = level
-        return level
+                before = []
+            if missing := [key for key in before if key not in self.level]:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            level = max((self.level[key] for key in before), default=0)
+            if home != at:
+                if is_small(u):
+                    self.exchanged[u, home] = level
+                else:
+                    self.large[u, home, at] = level
+                level += 1
+            self.level[u, at] = level
+        return self.level[v, rank]
 
     def plan(self) -> Rounds:
         last = 0
@@ -196,14 +224,13 @@ class _Planner:
         return [v for g in self.groups for v in g.values[rank]] + list(self.everywhere)
 
     def _build_round(self, level: int, final: bool) -> _Round:
-        small = [
-            [v for (v, home), at in self.exchanged.items() if at == level and home == r] for r in range(self.num_ranks)
-        ]
+        small = [self._exchanged_by(r, level) for r in range(self.num_ranks)]
         packing = pack_items([[_item(v) for v in values] for values in small])
         for rank, values in enumerate(small):
             for v, place in zip(values, packing.places[rank], strict=True):
                 self.small_place[v, rank] = (level, place)
         sends = self._group_sends(level)
+        common = self._find_common(level, small, sends, final)
         programs = [self._program(r, level, small[r], packing, sends, final) for r in range(self.num_ranks)]
         distinct: dict[str, int] = {}
         program_of = tuple(distinct.setdefault(p.key, len(distinct)) for p in programs)
@@ -211,7 +238,35 @@ class _Planner:
         for number, (_, pairs, carried) in enumerate(sends):
             for (_src, dst), v in zip(pairs, carried, strict=True):
                 self.send_index[v, dst] = (level, number)
-        return _Round(kept, program_of, packing, tuple((item, pairs) for item, pairs, _ in sends))
+        return _Round(common, kept, program_of, packing, tuple((item, pairs) for item, pairs, _ in sends))
+
+    def _exchanged_by(self, rank: int, level: int) -> list[Var]:
+        """What `rank` tells all others in a round, in an order that equal ranks have in common."""
+        values = [v for (v, home), at in self.exchanged.items() if at == level and home == rank]
+        return sorted(values, key=self.first_stored.__getitem__)
+
+    def _find_common(self, level: int, small: Sequence[Sequence[Var]], sends: Sequence[Any], final: bool) -> _Common:
+        """The part of a round that all ranks have in common: they all need it, and make it from what they all have."""
+        closures = [
+            self._closure(r, level, self._targets(r, small[r], _outgoing(sends, r), final))
+            for r in range(self.num_ranks)
+        ]
+        wanted = set.intersection(*(set(eqns) for _, eqns in closures))
+        sources, eqns = closures[0]
+        given = {v: s for v, s in sources if s.group.startswith(("small", "shared", "common"))}
+        made: dict[Var, None] = {}
+        kept = []
+        for eqn in eqns:
+            if eqn in wanted and all(v in given or v in made for v in eqn.reads):
+                kept.append(eqn)
+                made.update(dict.fromkeys(eqn.outputs))
+        used = {v for eqn in kept for v in eqn.reads}
+        inner = set(kept)
+        leaving = {v for _, own in closures for eqn in own if eqn not in inner for v in eqn.reads}
+        leaving.update(v for r in range(self.num_ranks) for v in self._targets(r, small[r], _outgoing(sends, r), final))
+        values = tuple(v for v in made if v in leaving)
+        self.common.update((v, Source(f"common{level}", None, i)) for i, v in enumerate(values))
+        return _Common(tuple((v, s) for v, s in given.items() if v in used), tuple(kept), values)
 
     def _group_sends(self, level: int) -> list[tuple[Item, tuple[tuple[int, int], ...], tuple[Var, ...]]]:
         """Large values of one shape travel together where their ranks allow it."""
@@ -227,20 +282,20 @@ class _Planner:
                 groups.append((item, tuple((s, d) for _, s, d in mine), tuple(v for v, _, _ in mine)))
         return groups
 
+    def _targets(self, rank: int, small: Sequence[Var], outgoing: Sequence[Var | None], final: bool) -> list[Var]:
+        atoms = [*small, *outgoing, *(self._results(rank) if final else ())]
+        return [v for v in atoms if isinstance(v, Var)]
+
     def _program(
         self, rank: int, level: int, small: Sequence[Var], packing: Packing, sends: Sequence[Any], final: bool
     ) -> _Program:
-        outgoing = tuple(
-            next((v for (src, _), v in zip(pairs, carried, strict=True) if src == rank), None)
-            for _, pairs, carried in sends
-        )
+        outgoing = _outgoing(sends, rank)
         groups: tuple = ()
         everywhere: tuple[Atom, ...] = ()
         if final:
             groups = tuple(tuple(zip(g.places[rank], g.values[rank], strict=True)) for g in self.groups)
             everywhere = tuple(self.everywhere)
-        targets = [*small, *(v for v in outgoing if v is not None), *(v for g in groups for _, v in g), *everywhere]
-        inputs, eqns = self._closure(rank, level, [v for v in targets if isinstance(v, Var)])
+        inputs, eqns = self._closure(rank, level, self._targets(rank, small, outgoing, final))
         placed = tuple(zip(packing.places[rank], small, strict=True))
         return _Program(inputs, eqns, placed, outgoing, groups, everywhere)
 
@@ -270,6 +325,8 @@ class _Planner:
 
         What all ranks were given, its owner reads from there too: so the work that all ranks do is the same program.
         """
+        if v in self.common:
+            return self.common[v]
         home = self.home[v]
         if home is not None and self.exchanged.get((v, home), level) < level:
             sent, place = self.small_place[v, home]
@@ -280,6 +337,31 @@ class _Planner:
             return None
         sent, number = self.send_index[v, rank]
         return Source(f"sent{sent}", None, number)
+
+
+def _outgoing(sends: Sequence[Any], rank: int) -> tuple[Var | None, ...]:
+    """For each exchange of large values, the one that `rank` sends."""
+    return tuple(
+        next((v for (src, _), v in zip(pairs, carried, strict=True) if src == rank), None)
+        for _, pairs, carried in sends
+    )
+
+
+def _find_first_stored(
+    eqns: Iterable[Eqn], home: Mapping[Var, int | None], sources: Sequence[Mapping[Var, Source]]
+) -> dict[Var, tuple]:
+    """For each value, the first place among the stored values of its rank that it is made of."""
+    found: dict[Var, tuple] = {}
+    for rank, row in enumerate(sources):
+        for v, s in row.items():
+            if home.get(v) == rank:
+                place = (s.place.buffer, s.place.offset or 0) if s.place is not None else (-1, s.index)
+                found[v] = (s.group, *place)
+    for eqn in eqns:
+        first = min((found[v] for v in eqn.reads if v in found and home[v] == home[eqn.outputs[0]]), default=())
+        for v in eqn.outputs:
+            found.setdefault(v, first)
+    return found
 
 
 def is_small(v: Var) -> bool:
@@ -308,6 +390,7 @@ def run_rounds(
     stored = {name: list(values) for name, values in buffers.items()}
     results: tuple = ((), (), (), ())
     for level, r in enumerate(rounds.rounds):
+        stored[f"common{level}"] = _run_common(r.common, stored, rows)
         branches = [lambda p=p, r=r: _run_program(p, r, rounds.groups, stored, rows) for p in r.programs]
         which = jnp.asarray(r.program_of, jnp.int32)[rank]
         results = lax.switch(which, branches) if len(branches) > 1 else branches[0]()
@@ -317,10 +400,19 @@ def run_rounds(
     return list(map(list, results[2])), list(results[3])
 
 
+def _run_common(common: _Common, stored: Mapping[str, Sequence[Any]], rows: Rows) -> list[Any]:
+    fetched = [_fetch(stored, s) for _, s in common.inputs]
+    # The barrier keeps XLA from moving the reads' reshapes through a sum over hundreds of scalars, one a pass.
+    fetched = lax.optimization_barrier(fetched)
+    env: Env = {v: _typed(x, v) for (v, _), x in zip(common.inputs, fetched, strict=True)}
+    evaluate(common.eqns, env, rows)
+    return [_jax.unwrap_key(env[v]) for v in common.values]
+
+
 def _run_program(
     p: _Program, r: _Round, groups: Sequence[Group], stored: Mapping[str, Sequence[Any]], rows: Rows
 ) -> Any:
-    env: Env = {v: _fetch(stored, s, v) for v, s in p.inputs}
+    env: Env = {v: _typed(_fetch(stored, s), v) for v, s in p.inputs}
     evaluate(p.eqns, env, rows)
 
     def store(atom: Atom) -> Any:
@@ -338,10 +430,20 @@ def _run_program(
     return small, sends, filled, [store(v) for v in p.everywhere]
 
 
-def _fetch(stored: Mapping[str, Sequence[Any]], source: Source, v: Var) -> Any:
+def _fetch(stored: Mapping[str, Sequence[Any]], source: Source) -> Any:
     values = stored[source.group]
-    if source.group.startswith("small"):
-        assert source.place is not None
-        values = [x[source.index] for x in values]
-    raw = read_place(values, source.place) if source.place is not None else values[source.index]
+    place = source.place
+    if source.group.startswith("small"):  # gathered from all ranks
+        assert place is not None
+        gathered = values[place.buffer]
+        if place.offset is None:
+            values, place = [gathered[source.index]], Place(0, place.shape)
+        else:
+            start = source.index * gathered.shape[1] + place.offset
+            values, place = [gathered.reshape(-1)], Place(0, place.shape, start)
+    x = read_place(values, place) if place is not None else values[source.index]
+    return _jax.unwrap_key(jnp.asarray(x))
+
+
+def _typed(raw: Any, v: Var) -> Any:
     return _jax.wrap_key(raw, v.dtype) if _jax.is_key(v.dtype) else raw.astype(v.dtype)

@@ -133,15 +133,12 @@ def _initial_carry(machine: Machine) -> Carry:
 
 
 def _fresh_staging(machine: Machine) -> Carry:
-    """For each ring, room for one micro-batch's residuals: values for a ring of rows, elements for a flat one."""
+    """For each ring, room for one micro-batch's residuals: a value for a ring of rows, elements for a flat one."""
     if not machine.stores:
         return {}
     places = [place for layout in machine.stores for _, place in layout]
     staging: list[Any] = []
     for k, ring in enumerate(machine.residuals.rings):
-        mine = [p for p in places if p.ring == k]
-        if mine and mine[0].flat:
-            staging.append(jnp.zeros(max(p.index + math.prod(p.shape) for p in mine), ring.dtype))
-        else:
-            staging.append([jnp.zeros(ring.shape[1:], ring.dtype)] * max((p.index + 1 for p in mine), default=0))
+        ends = [p.offset + math.prod(p.shape) for p in places if p.ring == k and p.offset is not None]
+        staging.append(jnp.zeros(max(ends) if ends else ring.shape[1:], ring.dtype))
     return {"staging": staging}

@@ -14,6 +14,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -25,7 +26,8 @@ from jaxpar.schedule import Action, Timetable
 from jaxpar.trace import Var
 
 _WASTE = 0.05
-_SMALL_BYTES = 1024
+_SMALL_BYTES = 64
+_ROW = ""  # the column that says which row of its rings a micro-batch has
 
 
 def colour_intervals(intervals: Sequence[tuple[int, int]]) -> list[int]:
@@ -60,16 +62,15 @@ def item_of(var: Var, n: int) -> Item:
 
 @dataclass(frozen=True)
 class RingPlace:
-    """Value j of a bundle: row `column + index` of ring `ring`, or the elements from `column + index` of a flat one.
+    """Where a bundle's value waits: a row of ring `ring`, or the elements from `offset` on of a flat one.
 
-    `column` is which of the bundle's run-time bases to add.
+    `column` is which of the bundle's run-time values says where: the row, or what to add to the offset.
     """
 
     ring: int
     column: int
-    index: int
     shape: tuple[int, ...]
-    flat: bool
+    offset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Residuals:
 
     rings: tuple[Item, ...]  # rows first; a flat ring has one dimension
     places: Mapping[Bundle, tuple[RingPlace, ...]]
-    bases: Mapping[tuple[Bundle, int], tuple[int, ...]]  # (bundle, micro-batch) -> run-time base per column
+    columns: Mapping[tuple[Bundle, int], tuple[int, ...]]  # (bundle, micro-batch) -> run-time value of each column
     used_bytes: tuple[int, ...]  # of each rank, at its peak
 
     @property
@@ -87,34 +88,56 @@ class Residuals:
 
 
 def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Residuals:
-    """Rings as large as the worst rank needs: for each shape, the micro-batches in flight times the values of it."""
+    """Each value of a stage has a ring, as long as the most micro-batches in flight; the k-th value of one shape on
+    each rank has the same one. Equal layers then read their residuals by equal code, which XLA compiles once.
+
+    Shapes for which that would waste memory, because few ranks have them, share a flat ring.
+    """
     dag = timetable.dag
     local = [b for b in graph.bundles if not b.travels]
     slots = {b: _local_slots(b, timetable) for b in local}
     depth = {b: max(slots[b]) + 1 for b in local}
-    counts = {b: Counter(item_of(v, n) for v in b.values) for b in local}
-    need: list[Counter[Item]] = [Counter() for _ in range(dag.num_ranks)]
+    local.sort(key=lambda b: -depth[b])  # long rings meet long rings
+    need: list[dict[Item, list[int]]] = [defaultdict(list) for _ in range(dag.num_ranks)]
     for b in local:
-        for item, k in counts[b].items():
-            need[dag.rank_of[b.stage]][item] += k * depth[b]
-    kinds = _choose_rings(need)
-    heaps = sorted({i.dtype for c in need for i in c if i not in kinds}, key=str)
-    ring_index = {kind: i for i, kind in enumerate(kinds)}
-    heap_index = {dtype: len(kinds) + i for i, dtype in enumerate(heaps)}
-    filled: list[Counter[int]] = [Counter() for _ in range(dag.num_ranks)]
-    places, bases = {}, {}
+        for v in b.values:
+            need[dag.rank_of[b.stage]][item_of(v, n)].append(depth[b])
+    rows = _choose_rings(need)
+    rings = [Item((k, *item.shape), item.dtype) for item, lengths in rows.items() for k in lengths]
+    ring_index = {
+        key: i for i, key in enumerate((item, k) for item, lengths in rows.items() for k in range(len(lengths)))
+    }
+    heaps = {i.dtype.name: i.dtype for c in need for i in c if i not in rows}
+    flat_index = {name: len(rings) + k for k, name in enumerate(sorted(heaps))}
+    filled = [dict.fromkeys(heaps, 0) for _ in range(dag.num_ranks)]
+    seen: list[Counter[Item]] = [Counter() for _ in range(dag.num_ranks)]
+    places, columns = {}, {}
     for b in local:
-        places[b], strides = _place_values(b, n, ring_index, heap_index)
-        start = filled[dag.rank_of[b.stage]]
+        rank = dag.rank_of[b.stage]
+        strides: dict[str, int] = {}  # elements of each flat ring that a micro-batch takes; one column each
+        found = []
+        for v in b.values:
+            item = item_of(v, n)
+            kind = _ROW if item in rows else item.dtype.name
+            offset = strides.setdefault(kind, 0)
+            column = list(strides).index(kind)
+            if kind == _ROW:
+                found.append(RingPlace(ring_index[item, seen[rank][item]], column, item.shape))
+                seen[rank][item] += 1
+            else:
+                found.append(RingPlace(flat_index[kind], column, item.shape, offset))
+                strides[kind] += item.elements
+        places[b] = tuple(found)
         for m, slot in enumerate(slots[b]):
-            bases[b, m] = tuple(start[ring] + slot * stride for ring, stride in strides.items())
-        for ring, stride in strides.items():
-            start[ring] += stride * depth[b]
-    rows = [max(c[i] for c in filled) for i in range(len(kinds) + len(heaps))]
-    rings = [Item((rows[i], *kind.shape), kind.dtype) for i, kind in enumerate(kinds)]
-    rings += [Item((rows[len(kinds) + i],), dtype) for i, dtype in enumerate(heaps)]
-    used = tuple(sum(i.bytes * k for i, k in c.items()) for c in need)
-    return Residuals(tuple(rings), places, bases, used)
+            columns[b, m] = tuple(
+                slot if kind == _ROW else filled[rank][kind] + slot * stride for kind, stride in strides.items()
+            )
+        for kind, stride in strides.items():
+            if kind != _ROW:
+                filled[rank][kind] += stride * depth[b]
+    rings += [Item((max(f[name] for f in filled),), heaps[name]) for name in flat_index]
+    used = tuple(sum(i.bytes * sum(depths) for i, depths in c.items()) for c in need)
+    return Residuals(tuple(rings), places, columns, used)
 
 
 def _local_slots(bundle: Bundle, timetable: Timetable) -> list[int]:
@@ -126,38 +149,26 @@ def _local_slots(bundle: Bundle, timetable: Timetable) -> list[int]:
     return colour_intervals(ticks)
 
 
-def _choose_rings(need: Sequence[Counter[Item]]) -> list[Item]:
-    """The shapes that get a ring of their own; the others share a flat one. Most common first, within a small waste."""
-    left = [sum(i.bytes * k for i, k in c.items()) for c in need]
+def _choose_rings(need: Sequence[Mapping[Item, Sequence[int]]]) -> dict[Item, list[int]]:
+    """The shapes that get rings of their own, and how many rows each: the most common first, within a small waste.
+
+    Args:
+        need: for each rank and shape, the rows that each value of it needs, most first.
+    """
+    left = [sum(i.bytes * sum(depths) for i, depths in c.items()) for c in need]
     limit = max(left, default=0) * (1 + _WASTE)
     kinds = {i for c in need for i in c if i.bytes > _SMALL_BYTES}
     common = sorted(kinds, key=lambda i: (-sum(i in c for c in need), -i.bytes, i.shape, str(i.dtype)))
-    chosen, dedicated = [], 0
+    chosen: dict[Item, list[int]] = {}
+    dedicated = 0
     for item in common:
-        rows = max(c[item] for c in need)
-        rest = [b - item.bytes * c[item] for b, c in zip(left, need, strict=True)]
-        if dedicated + item.bytes * rows + max(rest) <= limit:
-            chosen.append(item)
-            dedicated += item.bytes * rows
+        rows = [max(column) for column in zip_longest(*(c.get(item, ()) for c in need), fillvalue=0)]
+        rest = [b - item.bytes * sum(c.get(item, ())) for b, c in zip(left, need, strict=True)]
+        if dedicated + item.bytes * sum(rows) + max(rest) <= limit:
+            chosen[item] = rows
+            dedicated += item.bytes * sum(rows)
             left = rest
     return chosen
-
-
-def _place_values(
-    bundle: Bundle, n: int, ring_index: Mapping[Item, int], heap_index: Mapping[np.dtype, int]
-) -> tuple[tuple[RingPlace, ...], dict[int, int]]:
-    """Places of a bundle's values, and how many rows or elements of each ring one micro-batch takes."""
-    strides: dict[int, int] = {}
-    rows = []
-    for v in bundle.values:
-        item = item_of(v, n)
-        flat = item not in ring_index
-        ring = heap_index[item.dtype] if flat else ring_index[item]
-        index = strides.setdefault(ring, 0)
-        rows.append((ring, index, item, flat))
-        strides[ring] += item.elements if flat else 1
-    columns = {ring: k for k, ring in enumerate(strides)}
-    return tuple(RingPlace(ring, columns[ring], index, item.shape, flat) for ring, index, item, flat in rows), strides
 
 
 # -- mailboxes ---------------------------------------------------------------------------------------------------------

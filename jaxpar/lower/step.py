@@ -104,7 +104,11 @@ def _new_states(machine: Machine, buffers: Sequence[Sequence[Any]], outputs: lis
     for layout in machine.layouts:
         if first in output_of:
             shared = [outputs[output_of[k]] for k, leaf in enumerate(layout.leaves, first) if leaf.rank is None]
-            sharded = [jax.lax.with_sharding_constraint(b, layout.buffer_sharding(k)) for k, b in enumerate(next(rows))]
+            sharded = next(rows)
+            if set(layout.mesh.axis_names) != set(machine.axes.manual):
+                sharded = [
+                    jax.lax.with_sharding_constraint(b, layout.buffer_sharding(k)) for k, b in enumerate(sharded)
+                ]
             states.append(PlacedState(sharded, shared, layout))
         first += len(layout.leaves)
     for i in machine.outputs.state:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from typing import Literal as OneOf
 
@@ -70,7 +71,7 @@ class Var:
     name: str = ""
 
     def shape_at(self, n: int) -> tuple[int, ...]:
-        return at_size(self.shape, n)
+        return at_size(self.shape, n) if self.batch_dims else self.shape  # type: ignore[return-value]
 
     def bytes_at(self, n: int) -> int:
         return math.prod(self.shape_at(n)) * _jax.dtype_bytes(self.dtype)
@@ -82,7 +83,7 @@ class Var:
             return not self.batch_dims and math.prod(self.shape_at(1)) <= _REPLICATED_ELEMENTS
         return not self.shape
 
-    @property
+    @cached_property
     def batch_dims(self) -> tuple[int, ...]:
         return tuple(i for i, d in enumerate(self.shape) if isinstance(d, Size))
 
@@ -133,11 +134,11 @@ class Eqn:
     sources: tuple[Any, ...] = ()  # the jaxpr equation it came from and the calls around it, for messages
     form: Form = "local"
 
-    @property
+    @cached_property
     def name(self) -> str:
         return str(self.primitive.name)
 
-    @property
+    @cached_property
     def reads(self) -> tuple[Var, ...]:
         return tuple(v for v in self.inputs if isinstance(v, Var))
 

@@ -68,8 +68,8 @@ def test_no_two_residuals_share_a_row(machine):
         for m in range(machine.timetable.num_microbatches):
             interval = ticks_of(machine, bundle, m)
             for place in places:
-                first = residuals.bases[bundle, m][place.column] + place.index
-                last = first + (int(np.prod(place.shape)) if place.flat else 1)
+                first = residuals.columns[bundle, m][place.column] + (place.offset or 0)
+                last = first + (1 if place.offset is None else int(np.prod(place.shape)))
                 assert 0 <= first < last <= residuals.rings[place.ring].shape[0]
                 held.setdefault((place.ring, dag.rank_of[bundle.stage]), []).append(((first, last), interval))
     for spans in held.values():
