@@ -9,7 +9,8 @@ is the executor's overhead over gradient accumulation written by hand, at equal 
 
 `time`     step time, 4 stages, M = 16, against a jitted single-device scan over the same micro-batches
 `memory`   XLA's temp memory per device against what the timetable says must be alive, for M = 8, 16 and 32
-`compile`  distinct stage programs, and the first call against that of the undecorated step, for 8, 16 and 32 layers
+`compile`  distinct stage programs, and the first call (tracing, compiling, running) against that of the undecorated
+           step, for 8, 16 and 32 layers
 `state`    bytes of state per rank against the largest stage's
 """
 
@@ -80,20 +81,22 @@ def measure_memory(config: gpt.Config) -> None:
 
 
 def measure_compile(config: gpt.Config) -> None:
-    """(c) Programs and first calls as the number of layers grows."""
-    print(f"\n## First call: {config} and deeper, {STAGES} stages, M = 16, seconds")
-    print(f"{'layers':>6} {'undecorated':>12} {'accumulating':>13} {'pipelined':>10} {'ratio':>6} {'programs':>9}")
+    """(c) Programs and first calls as the number of layers grows: what they spend on tracing and compiling, and all."""
+    print(f"\n## First call: {config} and deeper, {STAGES} stages, M = 16, seconds: compiling + running")
+    names = ("undecorated", "accumulating", "pipelined")
+    print(f"{'layers':>6} {' '.join(f'{name:>16}' for name in names)} {'compile':>8} {'call':>6} {'programs':>9}")
     for num_layers in (8, 16, 32):
         deep = dataclasses.replace(config, num_layers=num_layers)
         state, batch = gpt.init_state(deep), gpt.make_batch(deep)
-        plain = timing.time_first_call(jax.jit(gpt.train_step), state, batch)
-        accumulating = timing.time_first_call(jax.jit(gpt.accumulating_step(16)), state, batch)
-        print(f"{num_layers:6d} {plain:12.1f} {accumulating:13.1f}", end="", flush=True)
         step = pipelined_step(16)
-        placed = step.place(state)
-        pipelined = timing.time_first_call(step, placed, batch)
-        programs = step.lower(state, batch).num_programs
-        print(f" {pipelined:10.1f} {pipelined / plain:6.2f} {programs:9d}", flush=True)
+        results = []
+        for candidate in (jax.jit(gpt.train_step), jax.jit(gpt.accumulating_step(16)), step):
+            results.append(timing.time_first_call(candidate, state, batch))
+            compiling, running = results[-1]
+            print(f"{num_layers:6d} " * (len(results) == 1) + f"{compiling:7.1f} + {running:6.1f} ", end="", flush=True)
+        plain, _, pipelined = results
+        ratios = f"{pipelined[0] / plain[0]:8.2f} {sum(pipelined) / sum(plain):6.2f}"
+        print(f"{ratios} {step.lower(state, batch).num_programs:9d}", flush=True)
 
 
 def measure_state(config: gpt.Config) -> None:
