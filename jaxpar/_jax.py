@@ -5,6 +5,7 @@ Only public names (`jax`, `jax.extend`) and attributes of public objects are use
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,11 +73,6 @@ def _expand(eqn: Any) -> Any:
     return jax.make_jaxpr(flat)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars))
 
 
-def is_recomputation(eqn: Any) -> bool:
-    """Whether the equation is the backward half of `jax.checkpoint`: a recomputation."""
-    return eqn.primitive.name in _REMAT and bool(eqn.params.get("differentiated"))
-
-
 def scan_counts(params: dict[str, Any], num_inputs: int) -> tuple[int, int]:
     """`(num_consts, num_carry)` of a scan."""
     if "num_consts" in params:
@@ -91,11 +87,20 @@ def name_stack(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def parse_name_stack(stack: str) -> tuple[tuple[str, ...], bool]:
-    """Module path and whether the equation was made by transposition (the backward pass).
+class Scope(NamedTuple):
+    """What a name stack says of an equation: its module; whether it was made by transposition (the backward pass);
+    whether it repeats the forward for the backward (`jax.checkpoint`)."""
 
+    path: tuple[str, ...]
+    backward: bool
+    recomputed: bool
+
+
+@functools.cache
+def parse_name_stack(stack: str) -> Scope:
+    """
     >>> parse_name_stack("transpose(jvp(GPT))/block_3/attn")
-    (('GPT', 'block_3', 'attn'), True)
+    Scope(path=('GPT', 'block_3', 'attn'), backward=True, recomputed=False)
     """
     path: list[str] = []
     for token in _split_stack(stack):
@@ -105,7 +110,7 @@ def parse_name_stack(stack: str) -> tuple[tuple[str, ...], bool]:
         for name in _split_stack(token):
             if name and name not in ("rematted_computation", "checkpoint") and not (wrapped and path[-1:] == [name]):
                 path.append(name)
-    return tuple(path), "transpose(" in stack
+    return Scope(tuple(path), "transpose(" in stack, "rematted_computation" in stack)
 
 
 def _split_stack(stack: str) -> list[str]:

@@ -134,6 +134,7 @@ def keep_axes(entry: Any, dropped: frozenset[str]) -> Any:
 
 
 _SPECIAL = {
+    "alias": lambda eqn, values, rows: values,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

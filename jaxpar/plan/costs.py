@@ -13,7 +13,9 @@ from jaxpar.trace import Eqn, Var
 from jaxpar.trace.ir import at_size
 
 _FUSED_TRAFFIC = 0.25  # of element-wise operations, about one array in four is really written and read back
-_LAYOUT = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "stop_gradient", "copy", "optimization_barrier"}
+_LAYOUT = frozenset(
+    "alias reshape squeeze expand_dims broadcast_in_dim stop_gradient copy optimization_barrier".split()
+)
 _HEAVY = {"dot_general", "conv_general_dilated", "scan", "while", "cond", "gather", "scatter-add", "sort", "scatter"}
 
 

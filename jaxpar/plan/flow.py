@@ -4,18 +4,20 @@
     backward   equations that follow the forward's stages
     free       cheap functions of the batch alone: recomputed by every stage that reads them, never sent
 
-A backward equation belongs where the forward equation is that it is the transpose of. The name stack says so where
-modules
-have names; the parameters and residuals it reads say so exactly (dx = dy W' reads the W of one forward product only).
+A backward equation belongs where the forward equation is that it is the transpose of, or that it repeats. The name
+stack says so where modules have names; the parameters and residuals it reads say so exactly (dx = dy W' reads the W of
+one forward product only); a gradient belongs where the parameter is read that it updates.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxpar.plan.twins import find_twins
 from jaxpar.trace import Eqn, Program, Var
 
 CHEAP = frozenset(
@@ -36,10 +38,15 @@ class Flow:
     backward: tuple[Eqn, ...]
     free: frozenset[Eqn]
     anchor: Mapping[Eqn, int]  # backward equation -> index in `forward` of the one it belongs to
+    twins: Mapping[Var, Var]  # value that the backward computes again -> the forward's
 
 
-def analyse_flow(program: Program) -> Flow:
-    """Sort the micro-batch equations that some output needs into forward, backward and free ones."""
+def analyse_flow(program: Program, updated: Mapping[int, int]) -> Flow:
+    """Sort the micro-batch equations that some output needs into forward, backward and free ones.
+
+    Args:
+        updated: index of the output that is the new value of a state input, by the input's index.
+    """
     needed = _pipeline_eqns(program)
     owned = _derived_from_owned_state(program)
     free: set[Eqn] = set()
@@ -59,8 +66,9 @@ def analyse_flow(program: Program) -> Flow:
         else:
             forward.append(eqn)
         fixed.update(eqn.outputs)
-    anchor = _anchor_backward(program, forward, backward, free, owned)
-    return Flow(program, tuple(forward), tuple(backward), frozenset(free), anchor)
+    twins = find_twins(program, forward)
+    anchor = _Anchors(program, forward, free, owned, twins, updated).place(backward)
+    return Flow(program, tuple(forward), tuple(backward), frozenset(free), anchor, twins)
 
 
 def _is_partial(program: Program, eqn: Eqn) -> bool:
@@ -96,22 +104,83 @@ def _derived_from_owned_state(program: Program) -> set[Var]:
 # -- backward follows forward ------------------------------------------------------------------------------------------
 
 
-def _anchor_backward(
-    program: Program, forward: list[Eqn], backward: list[Eqn], free: Iterable[Eqn], owned: set[Var]
+class _Anchors:
+    """Finds the forward equation that a backward one belongs to, by its index.
+
+    Those that repeat the forward belong where it was; what they prepare for the transposed ones belongs where its
+    inputs are made, or later, where it is read. The transposed ones walk the forward in reverse.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        forward: list[Eqn],
+        free: set[Eqn],
+        owned: set[Var],
+        twins: Mapping[Var, Var],
+        updated: Mapping[int, int],
+    ):
+        self.program, self.twins = program, twins
+        self.made = {v: i for i, eqn in enumerate(forward) for v in eqn.outputs}
+        self.readers = _reader_positions(program, forward, free, owned)
+        self.updates = _updated_by(program, updated)
+        self.by_path: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for i, eqn in enumerate(forward):
+            self.by_path[eqn.path].append(i)
+        self.last = len(forward)
+
+    def place(self, backward: list[Eqn]) -> dict[Eqn, int]:
+        primal = {eqn for eqn in backward if eqn.recomputed or eqn.outputs[0] in self.twins}
+        position = self.last
+        found: list[int | None] = []
+        for eqn in backward:
+            if eqn in primal:
+                choice = self._where_repeated(eqn)
+                if choice is not None:
+                    self.made.update(dict.fromkeys(eqn.outputs, choice))
+                    for v in eqn.outputs:
+                        self.readers.setdefault(v, {choice})
+            else:
+                choice = _nearest_at_most(self._candidates(eqn), position)
+                position = position if choice is None else choice
+            found.append(choice)
+        return _move_to_readers(backward, primal, self.twins, _fill_gaps(self.program, backward, found))
+
+    def _where_repeated(self, eqn: Eqn) -> int | None:
+        """A recomputed equation is where its twin is; a factor at the next place that reads what it is made of."""
+        if (twin := self.twins.get(eqn.outputs[0])) is not None:
+            return self.made[twin]
+        ready = max((self.made[u] for v in eqn.reads if (u := self.twins.get(v, v)) in self.made), default=None)
+        if ready is None:
+            return None
+        return next((place for place in self._candidates(eqn) if place > ready), ready)
+
+    def _candidates(self, eqn: Eqn) -> list[int]:
+        found: set[int] | None = None
+        for v in eqn.reads:
+            if places := self.readers.get(self.twins.get(v, v)):
+                narrowed = places if found is None else found & places
+                found = narrowed or found
+        if found is None:
+            parameters = {p for v in eqn.outputs for p in self.updates.get(v, ())}
+            found = set().union(*(self.readers.get(p, ()) for p in parameters)) or None
+        named = self.by_path.get(eqn.path, []) if eqn.path else []
+        if found is None:
+            return named
+        return sorted(found.intersection(named) or found)
+
+
+def _move_to_readers(
+    backward: list[Eqn], primal: set[Eqn], twins: Mapping[Var, Var], anchor: dict[Eqn, int]
 ) -> dict[Eqn, int]:
-    readers = _reader_positions(program, forward, set(free), owned)
-    by_path: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, eqn in enumerate(forward):
-        by_path[eqn.path].append(i)
-    found: list[int | None] = []
-    position = len(forward)
-    for eqn in backward:
-        candidates = _candidates(eqn, readers, by_path)
-        choice = _nearest_at_most(candidates, position)
-        if choice is not None:
-            position = choice
-        found.append(choice)
-    return _fill_gaps(program, backward, found)
+    """Factors that are read at a later place in the forward than where their inputs are: prepared there."""
+    latest: dict[Var, int] = {}
+    for eqn in reversed(backward):
+        if eqn in primal and not any(v in twins for v in eqn.outputs):
+            anchor[eqn] = max(anchor[eqn], *(latest.get(v, 0) for v in eqn.outputs))
+        for v in eqn.reads:
+            latest[v] = max(latest.get(v, 0), anchor[eqn])
+    return anchor
 
 
 def _reader_positions(program: Program, forward: list[Eqn], free: set[Eqn], owned: set[Var]) -> dict[Var, set[int]]:
@@ -140,16 +209,23 @@ def _reader_positions(program: Program, forward: list[Eqn], free: set[Eqn], owne
     return positions
 
 
-def _candidates(eqn: Eqn, readers: Mapping[Var, set[int]], by_path: Mapping[tuple[str, ...], list[int]]) -> list[int]:
-    found: set[int] | None = None
-    for v in eqn.reads:
-        if places := readers.get(v):
-            narrowed = places if found is None else found & places
-            found = narrowed or found
-    named = by_path.get(eqn.path, []) if eqn.path else []
-    if found is None:
-        return named
-    return sorted(found.intersection(named) or found)
+def _updated_by(program: Program, updated: Mapping[int, int]) -> dict[Var, set[Var]]:
+    """The state inputs whose new value is made of a value of their own size: of a partial gradient, the parameter."""
+    found: dict[Var, set[Var]] = defaultdict(set)
+    for i, out in updated.items():
+        if isinstance(atom := program.outputs[out], Var) and _elements(atom) > 1:
+            found[atom].add(program.inputs[i])
+    for eqn in reversed(program.eqns):
+        if program.phase[eqn] != "microbatch":
+            for v in eqn.outputs:
+                for u in eqn.reads if v in found else ():
+                    if _elements(u) == _elements(v):
+                        found[u] |= found[v]
+    return found
+
+
+def _elements(v: Var) -> int:
+    return math.prod(v.shape_at(1))
 
 
 def _nearest_at_most(candidates: list[int], position: int) -> int | None:

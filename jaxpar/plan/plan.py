@@ -100,7 +100,7 @@ def plan_stages(
 
     Raises: PlanError where the program has fewer places to cut than stages, or a named module isn't there.
     """
-    flow = analyse_flow(program)
+    flow = analyse_flow(program, updated)
 
     def make(forward_stage: Mapping[Eqn, int]) -> Plan:
         graph = route_values(flow, forward_stage, num_stages, microbatch)

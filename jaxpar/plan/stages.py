@@ -20,6 +20,7 @@ from jaxpar.plan.flow import Flow
 from jaxpar.plan.residuals import RECOMPUTED, choose_residuals
 from jaxpar.schedule import StageDag
 from jaxpar.trace import Eqn, Program, Var
+from jaxpar.trace.ir import alias_p
 
 Node = tuple[str, int]  # ("F" or "B", stage)
 
@@ -95,16 +96,25 @@ def route_values(flow: Flow, forward_stage: Mapping[Eqn, int], num_stages: int, 
 
 
 def _place_all(flow: Flow, forward_stage: Mapping[Eqn, int]) -> dict[Eqn, Node]:
-    """The node of every placed equation; a backward one never lies downstream of its backward inputs."""
+    """The node of every placed equation; a backward one never lies downstream of its backward inputs, but for those
+    that it can have from the forward."""
     place: dict[Eqn, Node] = {eqn: ("F", s) for eqn, s in forward_stage.items()}
     for eqn in flow.backward:
         stage = forward_stage[flow.forward[flow.anchor[eqn]]]
         for v in eqn.reads:
             producer = place.get(flow.program.producer.get(v))  # type: ignore[arg-type]
-            if producer is not None and producer[0] == "B":
+            if producer is not None and producer[0] == "B" and not _has_twin(flow, place, v, stage):
                 stage = min(stage, producer[1])
         place[eqn] = ("B", stage)
     return place
+
+
+def _has_twin(flow: Flow, place: Mapping[Eqn, Node], v: Var, stage: int) -> bool:
+    """Whether a stage can have the forward's value in place of one that the backward computes again."""
+    if v not in flow.twins:
+        return False
+    source = place.get(flow.program.producer[flow.twins[v]])
+    return source is None or source[1] <= stage
 
 
 class _Routing:
@@ -116,6 +126,7 @@ class _Routing:
         self.place = place
         self.num_stages = num_stages
         self.order = {eqn: i for i, eqn in enumerate(self.program.eqns)}
+        self.aliases: dict[Var, Eqn] = {}  # of values computed again, from the forward's
         self.exports: dict[Node, set[Var]] = defaultdict(set)
         self.held: dict[tuple[Var, Node, int], set[Node]] = defaultdict(set)  # (value, source, stage) -> readers
         self.partials = self._accumulate_partials()
@@ -135,7 +146,7 @@ class _Routing:
     def _close(self, node: Node, members: list[Eqn]) -> StageProgram:
         partials = [v for v, home in self.partials.items() if home == node]
         outputs = [v for v, home in self.outputs.items() if home == node]
-        eqns, reads = self._needed({*self.exports[node], *partials, *outputs}, set(members))
+        eqns, reads = self._needed({*self.exports[node], *partials, *outputs}, set(members), node)
         if node[0] == "B":
             self._recompute_cheap(node[1], eqns, reads)
         for v in sorted(reads, key=self._rank):
@@ -157,7 +168,7 @@ class _Routing:
             tuple(outputs),
         )
 
-    def _needed(self, wanted: set[Var], members: set[Eqn]) -> tuple[set[Eqn], set[Var]]:
+    def _needed(self, wanted: set[Var], members: set[Eqn], node: Node) -> tuple[set[Eqn], set[Var]]:
         """The equations behind `wanted` that run in this node, and the values that must come from other nodes."""
         eqns: set[Eqn] = set()
         reads: set[Var] = set()
@@ -173,9 +184,31 @@ class _Routing:
                 if producer not in eqns:
                     eqns.add(producer)
                     stack.extend(producer.reads)
+            elif self._computed_again_elsewhere(v, node):
+                alias = self._alias(v)
+                eqns.add(alias)
+                stack.extend(alias.reads)
             elif self._source(v) is not None:
                 reads.add(v)
         return eqns, reads
+
+    def _computed_again_elsewhere(self, v: Var, node: Node) -> bool:
+        source = self._source(v)
+        return (
+            node[0] == "B"
+            and source is not None
+            and source[0] == "B"
+            and source != node
+            and _has_twin(self.flow, self.place, v, node[1])
+        )
+
+    def _alias(self, v: Var) -> Eqn:
+        if v not in self.aliases:
+            producer = self.program.producer[v]
+            alias = Eqn(alias_p, (self.flow.twins[v],), (v,), {}, path=producer.path, backward=True)
+            self.aliases[v] = alias
+            self.order[alias] = self.order[producer]
+        return self.aliases[v]
 
     def _recompute_cheap(self, stage: int, eqns: set[Eqn], reads: set[Var]) -> None:
         """Keep fewer bytes of the forward by repeating element-wise equations in the backward."""
@@ -195,7 +228,7 @@ class _Routing:
         reads.difference_update(wanted)
         reads.update(kept)
         for eqn in repeated:
-            more, _ = self._needed({*eqn.outputs}, {eqn})
+            more, _ = self._needed({*eqn.outputs}, {eqn}, ("B", stage))
             eqns.update(more)
 
     def _request(self, v: Var, node: Node) -> None:

@@ -38,6 +38,7 @@ def pair_jaxprs(whole: Any, small: Any, sizes: tuple[int, int], names: Sequence[
 class _Context:
     path: tuple[str, ...] = ()
     backward: bool = False
+    recomputed: bool = False
     callers: tuple[Any, ...] = ()
     opaque: bool = False  # inside an operation of JAX's, that was traced without the user's code
 
@@ -83,11 +84,11 @@ class _Pairing:
         same_arity = len(ew.invars) == len(es.invars) and len(ew.outvars) == len(es.outvars)
         if ew.primitive is not es.primitive or not same_arity:
             raise TraceError(self._differ("the operation", ew, es))
-        path, backward = _jax.parse_name_stack(_jax.name_stack(ew))
+        path, backward, recomputed = _jax.parse_name_stack(_jax.name_stack(ew))
         if ctx.path and path[:1] == ctx.path[-1:]:
             path = path[1:]
         callers = ctx.callers if ctx.opaque else (ew, *ctx.callers)
-        ctx = _Context(ctx.path + path, ctx.backward or backward, callers, ctx.opaque)
+        ctx = _Context(ctx.path + path, ctx.backward or backward, ctx.recomputed or recomputed, callers, ctx.opaque)
         self._at = ctx.callers
         inputs = tuple(self._read(env, w, s, consts, ew) for w, s in zip(ew.invars, es.invars, strict=True))
         call_w, call_s = _jax.inlined_call(ew), _jax.inlined_call(es)
@@ -101,7 +102,8 @@ class _Pairing:
             return
         params, bodies = self._pair_params(ew, es, ctx)
         made = tuple(self._new_var(env, w, s, eqn=ew) for w, s in zip(ew.outvars, es.outvars, strict=True))
-        out.append(Eqn(ew.primitive, inputs, made, params, bodies, ctx.path, ctx.backward, ctx.callers))
+        labels = (ctx.path, ctx.backward, ctx.recomputed)
+        out.append(Eqn(ew.primitive, inputs, made, params, bodies, *labels, ctx.callers))
 
     def _keep_effects(self, eqn: Any) -> bool:
         """Whether the equation stays in the program: prints don't.

@@ -30,14 +30,18 @@ def _lines(inputs: Sequence[Var], eqns: Iterable[Eqn], outputs: Sequence[Atom], 
         number[v] = len(number)
         lines.append(f"const {_value(value)}")
     for eqn in eqns:
-        refs = ",".join(_atom(a, number) for a in eqn.inputs)
-        params = ";".join(f"{k}={_value(v)}" for k, v in sorted(eqn.params.items()))
-        bodies = ";".join(f"{k}={[_body(b) for b in group]}" for k, group in sorted(eqn.bodies.items()))
+        lines.append(f"{','.join(_atom(a, number) for a in eqn.inputs)} {describe_operation(eqn)}")
         for v in eqn.outputs:
             number[v] = len(number)
-        lines.append(f"{eqn.name} {eqn.form} {refs} {params} {bodies} {[(v.shape, str(v.dtype)) for v in eqn.outputs]}")
     lines.append("out " + ",".join(_atom(a, number) for a in outputs))
     return lines
+
+
+def describe_operation(eqn: Eqn) -> str:
+    """All of an equation but the values that it reads: equal for those that do the same to them."""
+    params = ";".join(f"{k}={_value(v)}" for k, v in sorted(eqn.params.items()))
+    bodies = ";".join(f"{k}={[_body(b) for b in group]}" for k, group in sorted(eqn.bodies.items()))
+    return f"{eqn.name} {eqn.form} {params} {bodies} {[(v.shape, str(v.dtype)) for v in eqn.outputs]}"
 
 
 def _body(body: Body) -> str:

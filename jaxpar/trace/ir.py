@@ -130,7 +130,8 @@ class Eqn:
     params: Mapping[str, Any]
     bodies: Mapping[str, tuple[Body, ...]] = field(default_factory=dict)
     path: tuple[str, ...] = ()
-    backward: bool = False
+    backward: bool = False  # made by transposition
+    recomputed: bool = False  # repeats the forward for the backward
     sources: tuple[Any, ...] = ()  # the jaxpr equation it came from and the calls around it, for messages
     form: Form = "local"
 
@@ -174,3 +175,6 @@ def drop_dead_eqns(eqns: list[Eqn], outputs: tuple[Atom, ...]) -> tuple[Eqn, ...
 
 rows_p = _jax.Primitive("rows")
 """`rows(x)`: the micro-batch's rows of a constant that holds the whole batch's. Form "whole"."""
+
+alias_p = _jax.Primitive("alias")
+"""`alias(x)`: x itself, under another name."""

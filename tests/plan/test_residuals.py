@@ -64,7 +64,7 @@ def test_a_gelu_keeps_its_input_only():
 
     jaxprs = [jax.make_jaxpr(step)(jnp.ones((3, 5)), jnp.ones((n, 3))) for n in (8, 2)]
     program = make_program(*jaxprs, (8, 2), ["w", "x"], ["state", "batch"])
-    flow = analyse_flow(program)
+    flow = analyse_flow(program, {})
     graph = route_values(flow, dict.fromkeys(flow.forward, 0), 1, 2)
     (residuals,) = [b for b in graph.bundles if not b.travels]
     assert [(v.shape[1:], program.producer[v].name) for v in residuals.values] == [((5,), "dot_general")]
