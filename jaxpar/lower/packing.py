@@ -25,7 +25,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-_SMALL_BYTES = 16
 _WASTE = 0.05
 
 
@@ -76,10 +75,15 @@ class Packing:
         return self.bytes / most - 1 if most else 0.0
 
 
-def pack_items(ranks: Sequence[Sequence[Item]]) -> Packing:
-    """A packing of each rank's items, in order: ranks with equal lists get equal places."""
+def pack_items(ranks: Sequence[Sequence[Item]], small_bytes: int = 16) -> Packing:
+    """A packing of each rank's items, in order: ranks with equal lists get equal places.
+
+    Args:
+        small_bytes: items up to this size go to a pool. Equal layers read their slots by equal code, but each place in
+        a pool by code of its own, which takes longer to compile; where buffers are sent, few of them are better.
+    """
     counts = [Counter(i for i in items) for items in ranks]
-    slots = _choose_slots(counts)
+    slots = _choose_slots(counts, small_bytes)
     slot_index: dict[tuple[Item, int], int] = {}
     buffers: list[Item] = []
     for item, number in slots.items():
@@ -112,7 +116,7 @@ def pack_items(ranks: Sequence[Sequence[Item]]) -> Packing:
     return Packing(tuple(buffers), len(slot_index), tuple(places), used)
 
 
-def _choose_slots(counts: Sequence[Counter[Item]]) -> dict[Item, int]:
+def _choose_slots(counts: Sequence[Counter[Item]], small_bytes: int) -> dict[Item, int]:
     """How many slots each kind of item gets."""
     left = [sum(i.bytes * k for i, k in c.items()) for c in counts]
     limit = max(left, default=0) * (1 + _WASTE)
@@ -125,7 +129,7 @@ def _choose_slots(counts: Sequence[Counter[Item]]) -> dict[Item, int]:
     dedicated = 0
     steps = [(sum(c[i] > k for c in counts), i, k) for i in kinds for k in range(max(c[i] for c in counts))]
     for _, item, k in sorted(steps, key=lambda s: -s[0]):
-        if chosen.get(item, 0) != k or (item.bytes <= _SMALL_BYTES and not item.whole):
+        if chosen.get(item, 0) != k or (item.bytes <= small_bytes and not item.whole):
             continue
         rest = [b - item.bytes * (c[item] > k) for b, c in zip(left, counts, strict=True)]
         if item.whole or dedicated + item.bytes + max(rest) <= limit:

@@ -27,6 +27,7 @@ from jaxpar.trace import Var
 
 _WASTE = 0.05
 _SMALL_BYTES = 64
+_SMALL_MAIL_BYTES = 1 << 14  # each array of a payload is a transfer of its own
 _ROW = ""  # the column that says which row of its rings a micro-batch has
 
 
@@ -207,7 +208,7 @@ def allocate_mailboxes(graph: StageGraph, timetable: Timetable, routing: Routing
     edge_of: dict[Bundle, int] = {}
     row: dict[tuple[Bundle, int], int] = {}
     for (channel, _), bundles in sorted(parts.items(), key=lambda part: part[0]):
-        packing = pack_items([[item_of(v, n) for v in b.values] for b in bundles])
+        packing = pack_items([[item_of(v, n) for v in b.values] for b in bundles], _SMALL_MAIL_BYTES)
         live: list[list[tuple[int, int, int]]] = [[] for _ in range(timetable.dag.num_ranks)]
         for edge, b in enumerate(bundles):
             box_of[b], edge_of[b] = len(boxes), edge
