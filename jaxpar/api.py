@@ -39,28 +39,24 @@ def parallelize(
 
     Args:
         fun: the step, `fun(state, batch, ...) -> any pytree`. Where it returns a tree like that of a state argument,
-        that is
-            the new state, and comes back placed. Anything else comes back as it would from `fun`. Leave it out to use
-            `parallelize` as a decorator with arguments.
+            that is the new state, and comes back placed. Anything else comes back as it would from `fun`. Leave it
+            out to use `parallelize` as a decorator with arguments.
         mesh: has an axis of stages; one of replicas, if any, splits the batch; all others are left to the compiler,
-        so that the
-            user's own shardings over them act inside a stage.
+            so that the user's own shardings over them act inside a stage.
         num_microbatches: M; the batch size must be a multiple of M times the number of replicas.
         schedule: "gpipe", "1f1b", a function `(dag, num_microbatches, **options) -> Timetable`, or a `Timetable`.
         schedule_options: for the schedule, e.g. `{"extra": 0}` for 1F1B with the textbook's memory.
         batch_argnums: arguments whose arrays have one row per example.
         state_argnums: arguments that are training state: each leaf is kept by the stage that uses it. Where several
-        states are
-            given or returned (`place`, `gather`, `new_state`), they are in the order of the arguments.
+            states are given or returned (`place`, `gather`, `new_state`), they are in the order of the arguments.
         static_argnums: arguments that aren't arrays; a new value means a new program.
         stage_axis: name of the mesh axis of stages.
         data_axis: name of the mesh axis of replicas; "data" if the mesh has it.
         cuts: names of the modules at which stages 1, 2, ... begin, instead of a balanced plan.
         state_of: another pipelined step, for the same state: this one reads the state where that one placed it.
         new_state: which parts of the output are the new state. "auto": subtrees like a state argument that are
-        computed from its
-            old value; a function from the output to them, e.g. `lambda out: out[0]`, where that guesses wrong; None:
-            none.
+            computed from its old value; a function from the output to them, e.g. `lambda out: out[0]`, where that
+            guesses wrong; None: none.
         donate: give the placed state's buffers to the step that updates it.
 
     Returns: a `PipelinedStep`.

@@ -34,8 +34,7 @@ class Signature:
                 if i in seen:
                     raise TraceError(
                         f"{self.argument_name(i)} (argument {i} of {self.name}) is in {seen[i]} and in {what}; an "
-                        f"argument is one "
-                        "of them, or none if it is an array that is the same for all examples."
+                        "argument is one of them, or none if it is an array that is the same for all examples."
                     )
                 seen[i] = what
 
@@ -48,7 +47,7 @@ class Signature:
         if bound.kwargs:
             raise TraceError(
                 f"{self.name} has keyword-only arguments ({', '.join(bound.kwargs)}); a pipelined step takes "
-                f"positional ones."
+                "positional ones."
             )
         bound.apply_defaults()
         self._check_count(bound.args)
@@ -149,8 +148,7 @@ def _check_static(signature: Signature, index: int, value: Any) -> Any:
     except TypeError as error:
         raise TraceError(
             f"{signature.argument_name(index)} is static, and so has to be hashable, but it is a "
-            f"{type(value).__name__}. Pass "
-            "something that can't change, such as a tuple or a frozen dataclass."
+            f"{type(value).__name__}. Pass something that can't change, such as a tuple or a frozen dataclass."
         ) from error
     return value
 
@@ -175,14 +173,13 @@ def _common_size(
         which = ", ".join(signature.argument_name(i) for i in signature.batch_argnums)
         raise TraceError(
             f"the batch ({which}) has no array with a leading dimension, so there are no examples to make "
-            f"micro-batches of. "
-            f"batch_argnums={signature.batch_argnums} says which arguments are the batch."
+            f"micro-batches of. batch_argnums={signature.batch_argnums} says which arguments are the batch."
         )
     sizes = {x.shape[0] for _, x in arrays}
     if len(sizes) > 1:
         table = "\n".join(f"  {n} : {x.dtype}{list(x.shape)}" for n, x in arrays)
         raise TraceError(
-            f"the arrays of the batch don't share their leading size, the number of examples: "
+            "the arrays of the batch don't share their leading size, the number of examples: "
             f"{sorted(sizes)}.\n{table}\n"
             "Pass what isn't one row per example as another argument of the step."
         )
@@ -277,9 +274,8 @@ def match_state_outputs(
             state_outputs.update({start + j: first + j for j in range(len(leaves))})
     if chosen is not None and len(taken) != len(chosen):
         raise TraceError(
-            f"new_state picks {len(chosen)} subtrees of {arguments.signature.name}'s output, but only {len(taken)} "
-            f"of them have "
-            "the tree, shapes and dtypes of the state arguments, in the order of state_argnums."
+            f"new_state picks {len(chosen)} subtrees of {arguments.signature.name}'s output, but only {len(taken)} of "
+            "them have the tree, shapes and dtypes of the state arguments, in the order of state_argnums."
         )
     return OutputTree(tree, tuple(marks), state_outputs)
 

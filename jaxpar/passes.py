@@ -128,8 +128,7 @@ def microbatch_size(arguments: Arguments, axes: Axes, count: int) -> int:
         replicas = f"{axes.replicas} replica{'s' * (axes.replicas > 1)}"
         raise TraceError(
             f"the batch ({batch[0]}{', ...' if len(batch) > 1 else ''}) has {total} examples, which don't split "
-            f"evenly into "
-            f"{count} micro-batches on {replicas}: the batch size must be a multiple of {step}, such as "
+            f"evenly into {count} micro-batches on {replicas}: the batch size must be a multiple of {step}, such as "
             f"{f'{below} or ' if below else ''}{below + step}."
         )
     return total // step

@@ -156,15 +156,14 @@ class PipelinedStep:
             why = "on other devices" if state.layout.mesh != layout.mesh else "by another step or plan"
             why = f"on another mesh ({theirs}, this step's is {ours})" if theirs != ours else why
             raise LowerError(
-                f"{name} was placed {why}, so its leaves aren't where {self.__name__} looks for them. Gather it "
-                f"with the step "
-                "that placed it (`old_step.gather(state)`) and place it anew, or make this step with state_of=old_step."
+                f"{name} was placed {why}, so its leaves aren't where {self.__name__} looks for them. Gather it with "
+                "the step that placed it (`old_step.gather(state)`) and place it anew, or make this step with "
+                "state_of=old_step."
             )
         if state.is_deleted:
             raise LowerError(
-                f"{name} was donated to a step that has run since: its buffers are gone. Use the state that the "
-                f"step returned, "
-                "or make the step with donate=False."
+                f"{name} was donated to a step that has run since: its buffers are gone. Use the state that the step "
+                "returned, or make the step with donate=False."
             )
 
     # -- state -----------------------------------------------------------------------------------------------------
@@ -199,8 +198,7 @@ class PipelinedStep:
             if (layouts := self._known_layouts()) is None:
                 raise LowerError(
                     f"this state is not created yet: that happens at the first call of {self.__name__}, or of its "
-                    f"`plan` or "
-                    "`lower`, which know the batch's shape."
+                    "`plan` or `lower`, which know the batch's shape."
                 )
             state = state.make(layouts, self._axes)
         if not isinstance(state, PlacedState):
@@ -262,10 +260,8 @@ class PipelinedStep:
         if other is not None and (other._mesh != self._mesh or other._axes.stage != self._axes.stage):
             raise LowerError(
                 f"{self.__name__} can't read the state of {other.__name__}, which is on another mesh or on other "
-                f"devices: "
-                f"{dict(other._mesh.shape)} with stages on {other._axes.stage!r}, against {dict(self._mesh.shape)} "
-                f"with stages "
-                f"on {self._axes.stage!r}. Make both with the same mesh."
+                f"devices: {dict(other._mesh.shape)} with stages on {other._axes.stage!r}, against "
+                f"{dict(self._mesh.shape)} with stages on {self._axes.stage!r}. Make both with the same mesh."
             )
 
     # -- looking inside --------------------------------------------------------------------------------------------
@@ -324,8 +320,7 @@ class PipelinedStep:
             if other is not None and other._known_layouts() is None:
                 raise JaxparError(
                     f"{self.__name__} reads the state where {other.__name__} placed it, but {other.__name__} hasn't "
-                    f"been planned: "
-                    f"call it, or {other.__name__}.plan(...), first."
+                    f"been planned: call it, or {other.__name__}.plan(...), first."
                 )
             leaves = [
                 x for a, tree in zip(args, arguments.trees, strict=True) if tree is not None for x in _user_leaves(a)

@@ -1,9 +1,8 @@
 """Stage programs as branches of one switch.
 
 Each (stage, action) becomes a branch that reads its registers, rings and mailboxes, evaluates its equations, and
-writes. What
-differs between equal stages (which row, which micro-batch) comes from the timetable's table of registers, so equal
-stages share one branch, however many layers there are.
+writes. What differs between equal stages (which row, which micro-batch) comes from the timetable's table of
+registers, so equal stages share one branch, however many layers there are.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Channels: the transfers between stages, on as few permutations as possible.
 
 A permutation lets each rank send to one other and receive from one. The transfers are the edges of a bipartite graph
-from
-sending to receiving ranks; its edge colouring with as many colours as the largest degree (König 1916) is the least
-number of
-permutations. A channel's payload has two parts, for values that are last read by a forward and by a backward: each
-part waits in a mailbox of its own, as long as it is needed.
+from sending to receiving ranks; its edge colouring with as many colours as the largest degree (König 1916) is the
+least number of permutations. A channel's payload has two parts, for values that are last read by a forward and by a
+backward: each part waits in a mailbox of its own, as long as it is needed.
 """
 
 from __future__ import annotations

@@ -191,8 +191,7 @@ def gather_leaves(state: PlacedState) -> list[Any]:
     if state.is_deleted:
         raise LowerError(
             "this placed state was donated to a step that has run since: its buffers are gone. Use the state that "
-            "the step "
-            "returned, or build the step with donate=False."
+            "the step returned, or build the step with donate=False."
         )
     rows: dict[tuple[int, int], np.ndarray] = {}
     values = []

@@ -7,8 +7,8 @@ buffers:
     pool   one flat buffer per dtype, for small items and for shapes that few ranks have
 
 Slots cost every rank their bytes, also one without such an item; the pool costs every rank the largest rank's share.
-Shapes
-become slots, the most common first, as long as the whole stays within a few per cent of the largest rank's own bytes.
+Shapes become slots, the most common first, as long as the whole stays within a few per cent of the largest rank's own
+bytes.
 """
 
 from __future__ import annotations

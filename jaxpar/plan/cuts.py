@@ -85,9 +85,8 @@ def balance_stages(seq: ForwardOrder, num_stages: int, device: Roofline) -> tupl
     if len(candidates) < num_stages:
         raise PlanError(
             f"{num_stages} stages were asked for, but the step's forward pass has only {len(candidates)} "
-            f"place{'s' * (len(candidates) != 1)} where a stage can begin. Use a mesh with at most "
-            f"{len(candidates)} stages, "
-            "or a deeper model."
+            f"place{'s' * (len(candidates) != 1)} where a stage can begin. Use a mesh with at most {len(candidates)} "
+            "stages, or a deeper model."
         )
     bounds = np.append(candidates, len(seq.eqns))
     prefix = np.concatenate([[0.0], np.cumsum(seq.seconds)])
@@ -145,8 +144,7 @@ def cut_at_modules(seq: ForwardOrder, names: Sequence[str]) -> tuple[int, ...]:
         order = [name for _, name in sorted(zip(starts[1:], names, strict=True))]
         raise PlanError(
             f"the cuts {list(names)} don't split the forward pass into one stage each: in the program's order they "
-            f"begin at "
-            f"{dict(zip(names, starts[1:], strict=True))}. Give each its own place, in this order: {order}; "
+            f"begin at {dict(zip(names, starts[1:], strict=True))}. Give each its own place, in this order: {order}; "
             "the first module can't be a cut, since the first stage begins there."
         )
     return tuple(starts)

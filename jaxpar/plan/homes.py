@@ -1,9 +1,8 @@
 """Which stage keeps each piece of the training state.
 
 A parameter lives at the first stage that reads it. What the update computes together with it (its moments, its
-average) lives
-with it: the same number of elements first, then whatever the update's equations connect. Scalars, counters and PRNG
-keys are kept by every rank.
+average) lives with it: the same number of elements first, then whatever the update's equations connect. Scalars,
+counters and PRNG keys are kept by every rank.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from jaxpar.trace import Program, Var
 
 @dataclass(frozen=True)
 class Homes:
-    """`stage[i]`: the stage that keeps input i of the program, None for every rank. `order`: a canonical order of
-    the inputs at
-    their stage (parameters by first use, then what belongs to them), so that equal stages list equal state."""
+    """`stage[i]`: the stage that keeps input i of the program, None for every rank. `order`: a canonical order of the
+    inputs at their stage (parameters by first use, then what belongs to them), so that equal stages list equal state.
+    """
 
     stage: Mapping[int, int | None]
     order: Mapping[int, tuple[int, int]]

@@ -1,9 +1,9 @@
 """Cut a sequence of blocks into stages: an exact dynamic programme.
 
 First the least possible bottleneck: best[k, j] = min over i of max(best[k-1, i], time(i..j)), the classic chain
-partition
-(Bokhari, IEEE Trans. Computers 1988; PipeDream, SOSP 2019, section 3.1). Then, among all partitions whose bottleneck
-is within a tolerance of it, the one with the least total cost of its cuts (bytes sent, modules cut through).
+partition (Bokhari, IEEE Trans. Computers 1988; PipeDream, SOSP 2019, section 3.1). Then, among all partitions whose
+bottleneck is within a tolerance of it, the one with the least total cost of its cuts (bytes sent, modules cut
+through).
 """
 
 from __future__ import annotations

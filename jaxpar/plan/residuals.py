@@ -1,11 +1,9 @@
 """What the forward keeps for the backward: the least bytes from which the rest can be recomputed element by element.
 
 A minimum cut (as in the min-cut recomputation of PyTorch's AOTAutograd; Ford and Fulkerson 1956): storing a value
-costs its bytes; a
-value made by an element-wise operation needs not be stored where the operation's inputs are at hand. Products,
-reductions, draws and
-values from other stages are never made twice. Among the least cuts the one nearest to the backward is taken: it
-recomputes least.
+costs its bytes; a value made by an element-wise operation needs not be stored where the operation's inputs are at
+hand. Products, reductions, draws and values from other stages are never made twice. Among the least cuts the one
+nearest to the backward is taken: it recomputes least.
 """
 
 from __future__ import annotations

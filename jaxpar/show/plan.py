@@ -36,9 +36,9 @@ def _explain_schedule(plan: Plan, timetable: Timetable) -> str:
     lockstep = compare_lockstep(timetable, costs)
     head = (
         f"Schedule: {timetable.name}, {timetable.num_microbatches} micro-batches, {timetable.num_ticks} ticks, "
-        f"exchange "
-        f"{timetable.exchange}. Predicted bubble {lockstep.executor.bubble_fraction:.1%} in the executor's lockstep, "
-        f"{lockstep.free.bubble_fraction:.1%} if ranks ran freely (lockstep costs a factor of {lockstep.ratio:.3f})."
+        f"exchange {timetable.exchange}. Predicted bubble {lockstep.executor.bubble_fraction:.1%} in the executor's "
+        f"lockstep, {lockstep.free.bubble_fraction:.1%} if ranks ran freely (lockstep costs a factor of "
+        f"{lockstep.ratio:.3f})."
     )
     rows = [("schedule", "makespan", "bubble", "most in flight per rank")]
     for name, options in (("1f1b", {}), ("1f1b", {"extra": 0}), ("gpipe", {})):
@@ -73,7 +73,6 @@ def _explain_programs(machine: Machine) -> str:
     permutes = sum(len(box.packing.buffers) for box in machine.mail.boxes)
     return (
         f"Programs: {machine.num_stage_programs} distinct ones for the {actions} actions of "
-        f"{machine.graph.num_stages} stages; "
-        f"{len(machine.routing.channels)} channels ({permutes} arrays exchanged per tick); the update runs in "
-        f"{len(machine.update.rounds)} rounds."
+        f"{machine.graph.num_stages} stages; {len(machine.routing.channels)} channels ({permutes} arrays exchanged "
+        f"per tick); the update runs in {len(machine.update.rounds)} rounds."
     )

@@ -101,10 +101,9 @@ class Program:
             counts[phase] = counts.get(phase, 0) + 1
         forward = counts.get("microbatch", 0) - len(self.backward)
         return (
-            f"Program: {len(self.eqns)} equations for {self.num_examples} examples: {counts.get('before', 0)} "
-            f"before the "
-            f"pipeline, {forward} forward, {len(self.backward)} backward, {counts.get('complete', 0)} totals over the "
-            f"batch, {counts.get('linear', 0) + counts.get('after', 0)} in the update"
+            f"Program: {len(self.eqns)} equations for {self.num_examples} examples: {counts.get('before', 0)} before "
+            f"the pipeline, {forward} forward, {len(self.backward)} backward, {counts.get('complete', 0)} totals over "
+            f"the batch, {counts.get('linear', 0) + counts.get('after', 0)} in the update"
         )
 
 
@@ -152,9 +151,8 @@ def _check_touches_batch(program: Program) -> None:
     if not any(phase == "microbatch" for phase in program.phase.values()):
         names = [v.name for v, role in zip(program.inputs, program.roles, strict=True) if role == "batch"]
         raise TraceError(
-            f"nothing that the step returns depends on the batch ({', '.join(names)}), so there are no "
-            f"micro-batches to "
-            "run. Check batch_argnums, and that the loss uses the batch."
+            f"nothing that the step returns depends on the batch ({', '.join(names)}), so there are no micro-batches "
+            "to run. Check batch_argnums, and that the loss uses the batch."
         )
 
 
