@@ -136,7 +136,8 @@ def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Resid
         for kind, stride in strides.items():
             if kind != _ROW:
                 filled[rank][kind] += stride * depth[b]
-    rings += [Item((max(f[name] for f in filled),), heaps[name]) for name in flat_index]
+    # One element to spare: a value that fills its ring replaces it, and XLA:CPU then copies it in all other branches.
+    rings += [Item((max(f[name] for f in filled) + 1,), heaps[name]) for name in flat_index]
     used = tuple(sum(i.bytes * sum(depths) for i, depths in c.items()) for c in need)
     return Residuals(tuple(rings), places, columns, used)
 

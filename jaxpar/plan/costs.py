@@ -16,7 +16,7 @@ _FUSED_TRAFFIC = 0.25  # of element-wise operations, about one array in four is 
 _LAYOUT = frozenset(
     "alias reshape squeeze expand_dims broadcast_in_dim stop_gradient copy optimization_barrier".split()
 )
-_HEAVY = {"dot_general", "conv_general_dilated", "scan", "while", "cond", "gather", "scatter-add", "sort", "scatter"}
+HEAVY = {"dot_general", "conv_general_dilated", "scan", "while", "cond", "gather", "scatter-add", "sort", "scatter"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def count_bytes(eqn: Eqn, n: int) -> float:
         (body,) = eqn.bodies["jaxpr"]
         return at_size(eqn.params["length"], n) * sum(count_bytes(e, n) for e in body.eqns)
     total = float(sum(v.bytes_at(n) for v in (*eqn.reads, *eqn.outputs)))
-    return total if eqn.name in _HEAVY else total * _FUSED_TRAFFIC
+    return total if eqn.name in HEAVY else total * _FUSED_TRAFFIC
 
 
 def estimate_seconds(eqn: Eqn, n: int, device: Roofline) -> float:

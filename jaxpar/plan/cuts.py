@@ -9,13 +9,14 @@ from itertools import pairwise
 import numpy as np
 
 from jaxpar.errors import PlanError
-from jaxpar.plan.costs import Roofline, estimate_seconds
+from jaxpar.plan.costs import HEAVY, Roofline, estimate_seconds
 from jaxpar.plan.flow import Flow
 from jaxpar.plan.partition import partition_sequence
 from jaxpar.trace import Eqn, Var
 
 _MAX_BLOCKS = 400
 _MODULE_PENALTY = 0.01  # of the mean stage time, for each level of modules that a cut goes through
+_FUSION_PENALTY = 0.002  # likewise, for a cut between a product and element-wise work on its result
 _TOLERANCE = 0.05
 
 
@@ -92,7 +93,7 @@ def balance_stages(seq: ForwardOrder, num_stages: int, device: Roofline) -> tupl
     prefix = np.concatenate([[0.0], np.cumsum(seq.seconds)])
     times = np.diff(prefix[bounds])
     mean = prefix[-1] / num_stages
-    cut_costs = [seq.crossing[i] / device.link + _MODULE_PENALTY * mean * _levels_cut(seq, i) for i in candidates]
+    cut_costs = [seq.crossing[i] / device.link + mean * _clumsiness(seq, i) for i in candidates]
     starts = partition_sequence(list(times), cut_costs, num_stages, _TOLERANCE)
     return tuple(int(candidates[i]) for i in starts)
 
@@ -108,6 +109,11 @@ def _cut_candidates(seq: ForwardOrder, num_stages: int) -> np.ndarray:
         narrowest = np.argsort(crossing[minima], kind="stable")[:_MAX_BLOCKS]
         minima = sorted(np.asarray(minima)[narrowest].tolist())
     return np.array([0, *minima], dtype=int)
+
+
+def _clumsiness(seq: ForwardOrder, i: int) -> float:
+    """What speaks against a cut before equation i besides its bytes, as a share of a stage's time."""
+    return _MODULE_PENALTY * _levels_cut(seq, i) + _FUSION_PENALTY * (seq.eqns[i].name not in HEAVY)
 
 
 def _levels_cut(seq: ForwardOrder, i: int) -> int:
