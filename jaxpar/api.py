@@ -31,6 +31,8 @@ def parallelize(
     state_of: PipelinedStep | None = None,
     new_state: NewState = "auto",
     donate: bool = True,
+    stages_per_rank: int = 1,
+    placement: str = "round_robin",
 ) -> Any:
     """Make a pipelined training step of one that is written for a single device.
 
@@ -58,6 +60,8 @@ def parallelize(
             computed from its old value; a function from the output to them, e.g. `lambda out: out[0]`, where that
             guesses wrong; None: none.
         donate: give the placed state's buffers to the step that updates it.
+        stages_per_rank: v; the step is cut into v stages for each rank of the stage axis.
+        placement: of these on the ranks: "round_robin" (stage s on rank s mod R), or "v" (down the ranks and up again).
 
     Returns: a `PipelinedStep`.
 
@@ -85,7 +89,17 @@ def parallelize(
             f, tuple(sorted(_numbers(state_argnums))), _numbers(batch_argnums), _numbers(static_argnums)
         )
         axes = _read_axes(mesh, stage_axis, data_axis)
-        options = Options(num_microbatches, schedule, dict(schedule_options or {}), cuts, state_of, new_state, donate)
+        options = Options(
+            num_microbatches,
+            schedule,
+            dict(schedule_options or {}),
+            cuts,
+            state_of,
+            new_state,
+            donate,
+            stages_per_rank,
+            placement,
+        )
         return PipelinedStep(signature, mesh, axes, options)
 
     return wrap if fun is None else wrap(fun)

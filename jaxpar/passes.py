@@ -16,7 +16,7 @@ from jaxpar import _jax
 from jaxpar.arguments import Arguments, NewState, OutputTree, match_state_outputs
 from jaxpar.errors import PlanError, TraceError
 from jaxpar.lower import Axes, Machine, PlacedState, StateLayout, build_machine, build_step, keep_axes, make_layout
-from jaxpar.plan import Plan, Roofline, plan_stages
+from jaxpar.plan import Plan, Roofline, place_stages, plan_stages
 from jaxpar.schedule import StageCosts, StageDag, Timetable, make_timetable, simulate
 from jaxpar.trace import Program, make_program, trace_size
 
@@ -32,10 +32,13 @@ class Options:
     state_of: Any  # PipelinedStep | None
     new_state: NewState
     donate: bool
+    stages_per_rank: int
+    placement: str
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_microbatches, int | np.integer) or self.num_microbatches < 1:
             raise PlanError(f"num_microbatches is {self.num_microbatches}; it must be a whole number, at least 1.")
+        place_stages(1, self.stages_per_rank, self.placement)  # so that a mistake shows at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +95,10 @@ def run_passes(
     (whole, shapes), (small, _) = map(arguments.trace, sizes)
     program = make_program(whole, small, sizes, arguments.names, arguments.roles)
     outputs = match_state_outputs(arguments, shapes, program.carries_over, options.new_state)
+    placement = place_stages(axes.num_ranks, options.stages_per_rank, options.placement)
     plan = plan_stages(
         program,
-        axes.num_ranks,
+        placement,
         microbatch,
         Roofline.for_platform(platform),
         judge=lambda dag, costs: _simulated_seconds(options, dag, costs),
@@ -102,8 +106,9 @@ def run_passes(
         cuts=options.cuts,
         owners=_owners(arguments, layouts) if layouts is not None else None,
     )
-    dag = plan.graph.dag(axes.num_ranks)
-    timetable = make_timetable(options.schedule, dag, options.num_microbatches, **options.schedule_options)
+    timetable = make_timetable(options.schedule, plan.graph.dag, options.num_microbatches, **options.schedule_options)
+    if timetable.is_split:
+        plan = plan.split_backwards()
     if layouts is None:
         layouts = _lay_out(arguments, plan, specs, mesh, axes)
     staged = _jax.copies_rings(platform)
@@ -153,15 +158,15 @@ def _lay_out(
         mine = state[start : start + tree.num_leaves]
         start += tree.num_leaves
         leaves = [(arguments.names[j], arguments.leaves[j].shape, arguments.leaves[j].dtype, specs[j]) for j in mine]
-        ranks = [homes.stage[j] for j in mine]
-        order = {k: homes.order.get(j, (0, j)) for k, j in enumerate(mine)}
-        layouts.append(make_layout(mesh, axes.stage, (tree,), leaves, ranks, order))
+        stages = [homes.stage[j] for j in mine]
+        order = {k: (homes.stage[j] or 0, homes.order.get(j, (0, j))) for k, j in enumerate(mine)}
+        layouts.append(make_layout(mesh, axes.stage, (tree,), leaves, stages, plan.graph.rank_of, order))
     return tuple(layouts)
 
 
 def _owners(arguments: Arguments, layouts: Sequence[StateLayout]) -> dict[int, int | None]:
     leaves = [leaf for layout in layouts for leaf in layout.leaves]
-    return {i: leaf.rank for i, leaf in zip(arguments.leaves_of("state"), leaves, strict=True)}
+    return {i: leaf.stage for i, leaf in zip(arguments.leaves_of("state"), leaves, strict=True)}
 
 
 def _updated_inputs(arguments: Arguments, outputs: OutputTree) -> dict[int, int]:

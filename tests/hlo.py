@@ -217,7 +217,9 @@ def check_pipeline(hlo: Hlo, machine: Machine) -> None:
 
     Where the machine stages residuals, there is one more conditional for each way to store them.
     """
-    assert tick_conditionals(hlo) == [machine.num_stage_programs + 1] + [2] * len(machine.stores)
+    assert tick_conditionals(hlo) == [machine.num_stage_programs + 1] + [2] * (
+        len(machine.staging.stores) if machine.staging else 0
+    )
     assert hlo.in_branches("collective-permute.*") == []
     sent = sorted(item.shape for box in machine.mail.boxes for item in box.packing.buffers if item.elements)
     assert sorted(array.shape for array in arrivals(hlo)) == sent
@@ -229,7 +231,9 @@ def check_rings(hlo: Hlo, machine: Machine) -> None:
 
     Flat rings aren't looked at where the machine stages residuals: the staging may have the same shape.
     """
-    stores = [(ring.shape, ring.bytes) for ring in machine.residuals.rings if len(ring.shape) > 1 or not machine.stores]
+    stores = [
+        (ring.shape, ring.bytes) for ring in machine.residuals.rings if len(ring.shape) > 1 or not machine.staging
+    ]
     for box in machine.mail.boxes:
         stores += [((box.rows, *item.shape), box.rows * item.bytes) for item in box.packing.buffers]
     shapes = {shape for shape, size in stores if shape[0] > 1 and size >= _SMALL_RING}

@@ -80,8 +80,12 @@ class Storage:
     outputs: Mapping[Var, int]
 
 
-def make_branch(graph: StageGraph, node: Node, rank: int, storage: Storage) -> Branch:
-    program = graph.programs[node]
+def make_branch(graph: StageGraph, node: Node, storage: Storage) -> Branch:
+    """The branch of a program of the graph, or of I and W of a stage as one action."""
+    kind, stage = node
+    together = kind == "B" and graph.is_split
+    program = graph.whole[stage] if together else graph.programs[node]
+    parts = {("I", stage), ("W", stage)} if together else {node}
     inline, stored = expand_invariants(graph.program, program.invariants)
     columns: list[tuple[str, Bundle]] = []
     start: dict[Bundle, int] = {}
@@ -97,29 +101,30 @@ def make_branch(graph: StageGraph, node: Node, rank: int, storage: Storage) -> B
 
     wanted = set(program.reads)
     for b in graph.bundles:
-        if b.stage == node[1] and node in b.readers:
+        inside = parts.issuperset((b.source, *b.readers))
+        if b.stage == stage and not parts.isdisjoint(b.readers):
             for j, v in enumerate(b.values):
                 if v not in wanted:
                     continue
-                if b.travels:
+                if graph.changes_rank(b):
                     box, edge = storage.mail.box_of[b], storage.mail.edge_of[b]
                     place = storage.mail.boxes[box].packing.places[edge][j]
                     mail_reads.append((v, columns_of("mail", b), box, place))
                 else:
                     ring_reads.append((v, columns_of("ring", b), storage.residuals.places[b][j]))
                 wanted.discard(v)
-        if b.source == node and not b.travels:
+        if b.source in parts and not graph.changes_rank(b) and not inside:
             ring_writes += [
                 (v, columns_of("ring", b), p) for v, p in zip(b.values, storage.residuals.places[b], strict=True)
             ]
-        if b.source == node and b.travels:
+        if b.source in parts and graph.changes_rank(b):
             box, edge = storage.mail.box_of[b], storage.mail.edge_of[b]
             places = storage.mail.boxes[box].packing.places[edge]
             sends.setdefault(box, []).extend(zip(b.values, places, strict=True))
     return Branch(
         node,
         (*inline, *program.eqns),
-        tuple((v, storage.invariants[rank][v]) for v in stored),
+        tuple((v, storage.invariants[graph.rank_of[stage]][v]) for v in stored),
         tuple((v, storage.batch[v]) for v in program.batch),
         tuple(ring_reads),
         tuple(ring_writes),
@@ -129,11 +134,6 @@ def make_branch(graph: StageGraph, node: Node, rank: int, storage: Storage) -> B
         tuple((v, storage.outputs[v]) for v in program.outputs),
         tuple(columns),
     )
-
-
-def store_layout(branch: Branch) -> tuple[tuple[int, RingPlace], ...]:
-    """Where a branch's residuals go: (first column, place) of each."""
-    return tuple((column, place) for _, column, place in branch.ring_writes)
 
 
 def register_values(branch: Branch, microbatch: int, residuals: Residuals, mail: Mail) -> list[int]:
@@ -162,8 +162,14 @@ def run_branch(
     batch: Sequence[Any],
     mail: Mail,
     rows: Rows,
+    store: Sequence[tuple[int, int, RingPlace]] | None,
 ) -> Carry:
-    """Evaluate one action. `rows.first` is that of the micro-batch."""
+    """Evaluate one action.
+
+    Args:
+        rows: `rows.first` is that of the micro-batch.
+        store: where to leave residuals for `Staging.store`, instead of writing them to the rings.
+    """
     carry = {name: list(buffers) for name, buffers in carry.items()}
     column = functools.cache(lambda k: registers[k])  # most values of a bundle are in the same row of their rings
     env: Env = {}
@@ -180,13 +186,13 @@ def run_branch(
         raw, carry["mail"][box] = _read_mail(carry["mail"][box], column(first), slot)
         env[v] = _jax.wrap_key(raw, v.dtype)
     evaluate(branch.eqns, env, rows)
-    for v, first, place in branch.ring_writes:
+    for i, (v, first, place) in enumerate(branch.ring_writes):
         value = _jax.unwrap_key(env[v])
-        if "staging" in carry:
-            _stage(carry["staging"], place, value)
+        if store is not None:
+            carry["staging"][store[i][0]] = value
         else:
             ring = carry["rings"][place.ring]
-            carry["rings"][place.ring] = _write_ring(ring, column(first + place.column), place, value)
+            carry["rings"][place.ring] = write_ring(ring, column(first + place.column), place, value)
     for box, values in branch.sends:
         packing = mail.boxes[box].packing
         payload = [keep_whole(_jax.unwrap_key(env[v])) for v, _ in values]
@@ -213,31 +219,10 @@ def _read_ring(ring: Any, at: Any, place: RingPlace) -> tuple[Any, Any]:
     return lax.optimization_barrier((value, ring))
 
 
-def _write_ring(ring: Any, at: Any, place: RingPlace, value: Any) -> Any:
+def write_ring(ring: Any, at: Any, place: RingPlace, value: Any) -> Any:
     if place.offset is None:
         return lax.dynamic_update_index_in_dim(ring, value, at, 0)
     return lax.dynamic_update_slice_in_dim(ring, jnp.ravel(keep_whole(value)), at + place.offset, 0)
-
-
-def _stage(staging: list[Any], place: RingPlace, value: Any) -> None:
-    """Put a residual where `store_residuals` finds it."""
-    if place.offset is not None:
-        value = lax.dynamic_update_slice(staging[place.ring], jnp.ravel(keep_whole(value)), (place.offset,))
-    staging[place.ring] = value
-
-
-def store_residuals(
-    places: Sequence[tuple[int, RingPlace]], registers: Any, rings: list[Any], staging: list[Any]
-) -> list[Any]:
-    """Copy one action's staged residuals to their rows of the rings."""
-    rings = list(rings)
-    column = functools.cache(lambda k: registers[k])
-    for first, place in places:
-        value = staging[place.ring]
-        if place.offset is not None:
-            value = lax.slice(value, (place.offset,), (place.offset + math.prod(place.shape),))
-        rings[place.ring] = _write_ring(rings[place.ring], column(first + place.column), place, value)
-    return rings
 
 
 def _read_mail(box: Sequence[Any], row: Any, place: Place) -> tuple[Any, Sequence[Any]]:

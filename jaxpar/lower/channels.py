@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxpar.plan import Bundle, StageGraph
+from jaxpar.plan import Bundle, Node, StageGraph
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,32 @@ class Routing:
     channel_of: dict[Bundle, int]
 
 
-def colour_channels(graph: StageGraph, rank_of: Sequence[int]) -> Routing:
-    """Spread the travelling bundles over channels. Bundles of one action to one stage travel together."""
-    groups: dict[tuple[str, int, int], list[Bundle]] = {}
+def colour_channels(graph: StageGraph) -> Routing:
+    """Spread the travelling bundles over channels.
+
+    Bundles of one action to one stage travel together. Different actions of one rank never run in the same tick: what
+    they send to the same rank shares a channel. Forward and backward values have channels of their own.
+    """
+    groups: dict[tuple[Node, int], list[Bundle]] = {}
     for bundle in graph.bundles:
-        if bundle.travels:
-            kind, source = bundle.source
-            groups.setdefault((kind, source, bundle.stage), []).append(bundle)
+        if graph.changes_rank(bundle):
+            groups.setdefault((bundle.source, bundle.stage), []).append(bundle)
     channels: list[Channel] = []
     channel_of: dict[Bundle, int] = {}
-    for kind in ("F", "B"):
-        keys = [key for key in groups if key[0] == kind]
-        colours = colour_edges([(rank_of[a], rank_of[b]) for _, a, b in keys])
-        for key, colour in zip(keys, colours, strict=True):
-            channel_of.update(dict.fromkeys(groups[key], len(channels) + colour))
+    for forward in (True, False):
+        lanes: dict[tuple[int, int, int], list[tuple[Node, int]]] = {}
+        taken: dict[tuple[Node, int], int] = {}
+        for source, stage in groups:
+            if (source[0] == "F") == forward:
+                pair = (graph.rank_of[source[1]], graph.rank_of[stage])
+                number = taken[source, pair[1]] = taken.get((source, pair[1]), -1) + 1
+                lanes.setdefault((*pair, number), []).append((source, stage))
+        colours = colour_edges([(src, dst) for src, dst, _ in lanes])
+        for keys, colour in zip(lanes.values(), colours, strict=True):
+            for key in keys:
+                channel_of.update(dict.fromkeys(groups[key], len(channels) + colour))
         for c in range(max(colours, default=-1) + 1):
-            pairs = [(rank_of[k[1]], rank_of[k[2]]) for k, colour in zip(keys, colours, strict=True) if colour == c]
+            pairs = {(src, dst) for (src, dst, _), colour in zip(lanes, colours, strict=True) if colour == c}
             channels.append(Channel(tuple(sorted(pairs))))
     return Routing(tuple(channels), channel_of)
 

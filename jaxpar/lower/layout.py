@@ -19,11 +19,12 @@ from jaxpar.lower.packing import Item, Packing, Place, pack_items
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf of the user's state. `rank` is None where every rank keeps it."""
+    """One leaf of the user's state. `stage` and its `rank` are None where every rank keeps it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: Any
+    stage: int | None
     rank: int | None
     spec: tuple[Any, ...]  # sharding over the axes that jaxpar leaves to the compiler
     place: Place | None  # in the owner's buffers
@@ -123,11 +124,13 @@ def make_layout(
     stage_axis: str,
     trees: Sequence[Any],
     leaves: Sequence[tuple[str, tuple[int, ...], Any, tuple[Any, ...]]],
-    ranks: Sequence[int | None],
+    stages: Sequence[int | None],
+    rank_of: Sequence[int],
     order: Mapping[int, Any],
 ) -> StateLayout:
-    """Lay out leaves `(name, shape, dtype, spec)`, whose owners are `ranks`, in each rank's canonical `order`."""
+    """Lay out leaves `(name, shape, dtype, spec)`, whose owners are `stages`, in each rank's canonical `order`."""
     num_ranks = mesh.shape[stage_axis]
+    ranks = [None if s is None else rank_of[s] for s in stages]
     mine = [sorted((i for i, r in enumerate(ranks) if r == rank), key=order.__getitem__) for rank in range(num_ranks)]
 
     def item(i: int) -> Item:
@@ -139,7 +142,7 @@ def make_layout(
     places = {i: p for rank, row in zip(mine, packing.places, strict=True) for i, p in zip(rank, row, strict=True)}
     shared = {i: k for k, i in enumerate(i for i, r in enumerate(ranks) if r is None)}
     made = [
-        Leaf(name, shape, dtype, ranks[i], spec, places.get(i), shared.get(i))
+        Leaf(name, shape, dtype, stages[i], ranks[i], spec, places.get(i), shared.get(i))
         for i, (name, shape, dtype, spec) in enumerate(leaves)
     ]
     return StateLayout(mesh, stage_axis, tuple(trees), tuple(made), packing)

@@ -24,7 +24,6 @@ from jaxpar.lower.branches import (
     Storage,
     make_branch,
     register_values,
-    store_layout,
 )
 from jaxpar.lower.channels import Routing, colour_channels
 from jaxpar.lower.layout import StateLayout
@@ -39,9 +38,10 @@ from jaxpar.lower.once import (
 )
 from jaxpar.lower.packing import Packing
 from jaxpar.lower.rounds import Rounds
-from jaxpar.lower.slots import Mail, Residuals, RingPlace, allocate_mailboxes, allocate_residuals
+from jaxpar.lower.slots import Mail, Residuals, allocate_mailboxes, allocate_residuals
+from jaxpar.lower.staging import Staging, plan_staging
 from jaxpar.lower.totals import early_eqns, pack_totals, totals_places
-from jaxpar.plan import StageGraph
+from jaxpar.plan import Node, StageGraph
 from jaxpar.schedule import Timetable
 from jaxpar.trace import Eqn, Program, Var
 
@@ -58,7 +58,7 @@ class Machine:
     residuals: Residuals
     mail: Mail
     branches: tuple[Branch, ...]
-    stores: tuple[tuple[tuple[int, RingPlace], ...], ...]  # distinct places of an action's residuals, if staged
+    staging: Staging | None  # of residuals, where the compiler needs it
     registers: np.ndarray  # [ticks, ranks, columns]
     arrivals: np.ndarray  # [ticks, ranks, mailboxes]
     totals: Packing
@@ -89,35 +89,31 @@ def build_machine(
     Args:
         layouts: of the state arguments; their leaves, in order, are the program's state inputs.
         state_outputs: number of the state input that an output is the new value of.
-        staged: let a second conditional copy residuals to the rings, for compilers that would copy whole rings
-        otherwise.
+        staged: keep residuals by way of a staging area.
     """
-    rank_of = timetable.dag.rank_of
-    routing = colour_channels(graph, rank_of)
+    routing = colour_channels(graph)
     residuals = allocate_residuals(graph, timetable, microbatch)
     mail = allocate_mailboxes(graph, timetable, routing, microbatch)
-    totals = pack_totals(graph, rank_of, axes.num_ranks)
+    totals = pack_totals(graph)
     early = early_eqns(program)
     shared = shared_values(program, layouts, early)
     owned = owned_sources(program, layouts, axes.num_ranks)
-    prelude, invariants = build_prelude(program, graph, rank_of, owned, shared, axes.num_ranks)
+    prelude, invariants = build_prelude(program, graph, owned, shared)
     storage = Storage(
         residuals,
         mail,
         invariants,
         {v: i for i, v in enumerate(batch_inputs(program))},
-        {v: (place, tag) for (v, tag), place in totals_places(graph, rank_of, totals).items()},
+        {v: (place, tag) for (v, tag), place in totals_places(graph, totals).items()},
         {v: k for k, v in enumerate(batched_outputs(program))},
     )
-    branches, stores, registers = _build_branches(graph, timetable, storage)
+    branches, staging, registers = _build_branches(graph, timetable, storage)
     arrivals = (
         np.stack([box.arrival for box in mail.boxes], -1)
         if mail.boxes
         else np.zeros((*registers.shape[:2], 0), np.int32)
     )
-    update, outputs = build_update(
-        program, graph, layouts, rank_of, totals, owned, shared, state_outputs, axes.num_ranks
-    )
+    update, outputs = build_update(program, graph, layouts, totals, owned, shared, state_outputs)
     return Machine(
         program,
         graph,
@@ -129,7 +125,7 @@ def build_machine(
         residuals,
         mail,
         branches,
-        stores if staged else (),
+        staging if staged else None,
         registers,
         arrivals,
         totals,
@@ -143,25 +139,24 @@ def build_machine(
 
 def _build_branches(
     graph: StageGraph, timetable: Timetable, storage: Storage
-) -> tuple[tuple[Branch, ...], tuple[tuple[tuple[int, RingPlace], ...], ...], np.ndarray]:
+) -> tuple[tuple[Branch, ...], Staging, np.ndarray]:
     """The distinct branches, the distinct places of their residuals, and the table of registers. Number 0 is idling."""
-    rank_of = timetable.dag.rank_of
-    made = {node: make_branch(graph, node, rank_of[node[1]], storage) for node in graph.programs}
+    nodes: set[Node] = {(a.kind, a.stage) for row in timetable.grid for a in row if a is not None and a.kind != "U"}
+    made = {node: make_branch(graph, node, storage) for node in sorted(nodes, key=lambda n: ("FBIW".index(n[0]), n[1]))}
     number: dict[str, int] = {}
     branch_of = {node: number.setdefault(b.key, len(number)) for node, b in made.items()}
     kept = [next(made[n] for n in made if branch_of[n] == i) for i in range(len(number))]
-    stores = tuple(dict.fromkeys(layout for b in made.values() if (layout := store_layout(b))))
+    staging = plan_staging(kept, storage.residuals.rings)
     width = FIRST_COLUMN + max(len(b.columns) for b in made.values())
     table = np.zeros((timetable.num_ticks, timetable.dag.num_ranks, width), np.int32)
     for tick, row in enumerate(timetable.grid):
         for rank, action in enumerate(row):
-            if action is None:
+            if action is None or action.kind == "U":  # all ranks update after the last tick
                 continue
-            node = (action.kind, action.stage)
+            node: Node = (action.kind, action.stage)
             values = register_values(made[node], action.microbatch, storage.residuals, storage.mail)
             table[tick, rank, BRANCH] = 1 + branch_of[node]
-            if layout := store_layout(made[node]):
-                table[tick, rank, STORE] = 1 + stores.index(layout)
+            table[tick, rank, STORE] = staging.number_of.get(kept[branch_of[node]], 0)
             table[tick, rank, MICROBATCH] = action.microbatch
             table[tick, rank, FIRST_COLUMN : FIRST_COLUMN + len(values)] = values
-    return tuple(kept), stores, table
+    return tuple(kept), staging, table

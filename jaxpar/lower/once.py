@@ -70,17 +70,15 @@ def _homes(owned: Sequence[Mapping[Var, Source]], shared: Sequence[Var]) -> dict
 def build_prelude(
     program: Program,
     graph: StageGraph,
-    rank_of: Sequence[int],
     owned: Sequence[Mapping[Var, Source]],
     shared: Sequence[Var],
-    num_ranks: int,
 ) -> tuple[Rounds, list[dict[Var, Source]]]:
     """What each rank's stage programs read besides its own state, computed once; and where they find all of it."""
     everyone = {v: Source("shared", None, i) for i, v in enumerate(shared)}
     wanted: list[list[Var]] = []
-    for rank in range(num_ranks):
-        nodes = sorted((n for n in graph.programs if rank_of[n[1]] == rank), key=lambda n: (n[1], n[0] != "F"))
-        stored = dict.fromkeys(v for n in nodes for v in expand_invariants(program, graph.programs[n].invariants)[1])
+    for rank in range(graph.num_ranks):
+        read = [v for n in graph.nodes_on(rank) for v in graph.programs[n].invariants]
+        stored = dict.fromkeys(expand_invariants(program, read)[1])
         wanted.append([v for v in stored if v not in owned[rank]])
     packing = pack_items([[item_of(v, 1) for v in row] for row in wanted])
     group = make_group(packing, [zip(p, row, strict=True) for p, row in zip(packing.places, wanted, strict=True)])
@@ -98,20 +96,18 @@ def build_update(
     program: Program,
     graph: StageGraph,
     layouts: Sequence[StateLayout],
-    rank_of: Sequence[int],
     totals: Packing,
     owned: Sequence[Mapping[Var, Source]],
     shared: Sequence[Var],
     state_outputs: Mapping[int, int],
-    num_ranks: int,
 ) -> tuple[Rounds, Outputs]:
     """What happens after the last micro-batch: totals are complete, every rank updates what it owns."""
     sources: list[dict[Var, Source]] = [
         {**{v: Source("shared", None, i) for i, v in enumerate(shared)}, **row} for row in owned
     ]
     homes = _homes(owned, shared)
-    for (v, _), place in totals_places(graph, rank_of, totals).items():
-        rank = rank_of[graph.partial_home[v]]
+    for (v, _), place in totals_places(graph, totals).items():
+        rank = graph.rank_of[graph.partial_home[v]]
         homes[v] = rank
         sources[rank][v] = Source("totals", place)
     eqns = [
@@ -119,8 +115,8 @@ def build_update(
     ]
     eqns = [e for e in eqns if program.phase[e] != "microbatch" and not any(v in homes for v in e.outputs)]
     eqns = _computable(eqns, homes)
-    groups, everywhere, hints = _new_state(program, layouts, state_outputs, num_ranks)
-    located: list[list[int]] = [[] for _ in range(num_ranks)]
+    groups, everywhere, hints = _new_state(program, layouts, state_outputs, graph.num_ranks)
+    located: list[list[int]] = [[] for _ in range(graph.num_ranks)]
     where = place_equations(eqns, homes, hints)
     for i, atom in enumerate(program.outputs):
         if i in state_outputs or program.is_batched(atom):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.lower.branches import BRANCH, MICROBATCH, STORE, Carry, run_branch, store_residuals
+from jaxpar.lower.branches import BRANCH, MICROBATCH, Carry, run_branch
 from jaxpar.lower.evaluate import Env, Rows, evaluate
 from jaxpar.lower.machine import Machine
 from jaxpar.lower.once import batch_inputs, batched_outputs
@@ -65,7 +63,7 @@ def _run_early_totals(machine: Machine, everyone: Sequence[Any], batch: Sequence
 
 
 def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Sequence[Any], first: Any) -> Carry:
-    axes, mail, n = machine.axes, machine.mail, machine.microbatch
+    axes, mail, n, staging = machine.axes, machine.mail, machine.microbatch, machine.staging
     rank = lax.axis_index(axes.stage)
     # unsigned, so that indexing with them need not look out for negative ones
     registers = jnp.asarray(machine.registers, jnp.uint32)[:, rank]
@@ -82,26 +80,21 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
             first + lax.convert_element_type(row[MICROBATCH] * n, jnp.int32),
             axes.manual,
         )
-        fresh = partial(_fresh_staging, machine)  # made inside the branches: what they don't fill, they needn't pass on
+        fresh = lambda: {"staging": staging.fresh()} if staging is not None else {}
         branches: list[Any] = [lambda c: {**c, **fresh()}]
         for b in machine.branches:
-            branches.append(lambda c, b=b: run_branch(b, row, {**c, **fresh()}, stored, batch, mail, rows))
+            store = None if staging is None else staging.store_of(b)
+            branches.append(
+                lambda c, b=b, store=store: run_branch(b, row, {**c, **fresh()}, stored, batch, mail, rows, store)
+            )
         return lax.switch(lax.convert_element_type(row[BRANCH], jnp.int32), branches, carry)
-
-    def store(row: Any, rings: list[Any], staging: list[Any]) -> list[Any]:
-        for k, places in enumerate(
-            machine.stores, 1
-        ):  # one conditional each: with two writers in one, rings are copied again
-            write = partial(store_residuals, places, row)
-            rings = lax.cond(row[STORE] == k, write, lambda rings, _: rings, rings, staging)
-        return rings
 
     def tick(carry: Carry, xs: tuple[Any, Any]) -> tuple[Carry, None]:
         row, slots = xs
         early = exchange(carry["sent"]) if machine.timetable.exchange == 2 else None
         carry = act(row, carry)
-        if machine.stores:
-            carry["rings"] = store(row, carry["rings"], carry.pop("staging"))
+        if staging is not None:
+            carry["rings"] = staging.store(row, carry["rings"], carry.pop("staging"))
         received = early if early is not None else exchange(carry["sent"])
         # The work reads the mail: deliver new mail after it, or XLA copies the mailboxes and waits for the transfer
         # first.
@@ -130,15 +123,3 @@ def _initial_carry(machine: Machine) -> Carry:
         "sent": [[jnp.zeros(i.shape, i.dtype) for i in box.packing.buffers] for box in boxes],
         "outputs": outputs,
     }
-
-
-def _fresh_staging(machine: Machine) -> Carry:
-    """For each ring, room for one micro-batch's residuals: a value for a ring of rows, elements for a flat one."""
-    if not machine.stores:
-        return {}
-    places = [place for layout in machine.stores for _, place in layout]
-    staging: list[Any] = []
-    for k, ring in enumerate(machine.residuals.rings):
-        ends = [p.offset + math.prod(p.shape) for p in places if p.ring == k and p.offset is not None]
-        staging.append(jnp.zeros(max(ends) if ends else ring.shape[1:], ring.dtype))
-    return {"staging": staging}

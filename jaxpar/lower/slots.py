@@ -21,7 +21,7 @@ import numpy as np
 from jaxpar import _jax
 from jaxpar.lower.channels import Routing
 from jaxpar.lower.packing import Item, Packing, pack_items
-from jaxpar.plan import Bundle, StageGraph
+from jaxpar.plan import Bundle, Node, StageGraph
 from jaxpar.schedule import Action, Timetable
 from jaxpar.trace import Var
 
@@ -95,7 +95,7 @@ def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Resid
     Shapes for which that would waste memory, because few ranks have them, share a flat ring.
     """
     dag = timetable.dag
-    local = [b for b in graph.bundles if not b.travels]
+    local = [b for b in graph.bundles if not graph.changes_rank(b)]
     slots = {b: _local_slots(b, timetable) for b in local}
     depth = {b: max(slots[b]) + 1 for b in local}
     local.sort(key=lambda b: -depth[b])  # long rings meet long rings
@@ -143,12 +143,24 @@ def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Resid
 
 
 def _local_slots(bundle: Bundle, timetable: Timetable) -> list[int]:
-    (kind, stage), (last, _) = bundle.source, bundle.last_reader
     ticks = [
-        (timetable.tick_of(Action(kind, stage, m)), timetable.tick_of(Action(last, stage, m)))  # type: ignore[arg-type]
+        (tick_of(timetable, bundle.source, m), last_read(timetable, bundle, m))
         for m in range(timetable.num_microbatches)
     ]
     return colour_intervals(ticks)
+
+
+def tick_of(timetable: Timetable, node: Node, microbatch: int) -> int:
+    """When a program runs for a micro-batch; I and W may be done as one, as B."""
+    kind, stage = node
+    action = Action(kind, stage, microbatch)  # type: ignore[arg-type]
+    if kind in "IW" and not timetable.has(action):
+        action = Action("B", stage, microbatch)
+    return timetable.tick_of(action)
+
+
+def last_read(timetable: Timetable, bundle: Bundle, microbatch: int) -> int:
+    return max(tick_of(timetable, reader, microbatch) for reader in bundle.readers)
 
 
 def _choose_rings(need: Sequence[Mapping[Item, Sequence[int]]]) -> dict[Item, list[int]]:
@@ -202,7 +214,7 @@ def allocate_mailboxes(graph: StageGraph, timetable: Timetable, routing: Routing
     """One mailbox for each channel and kind of last reader."""
     parts: dict[tuple[int, str], list[Bundle]] = defaultdict(list)
     for b in graph.bundles:
-        if b.travels:
+        if graph.changes_rank(b):
             parts[routing.channel_of[b], b.last_reader[0]].append(b)
     boxes: list[Mailbox] = []
     box_of: dict[Bundle, int] = {}
@@ -210,24 +222,23 @@ def allocate_mailboxes(graph: StageGraph, timetable: Timetable, routing: Routing
     row: dict[tuple[Bundle, int], int] = {}
     for (channel, _), bundles in sorted(parts.items(), key=lambda part: part[0]):
         packing = pack_items([[item_of(v, n) for v in b.values] for b in bundles], _SMALL_MAIL_BYTES)
-        live: list[list[tuple[int, int, int]]] = [[] for _ in range(timetable.dag.num_ranks)]
+        live: list[list[tuple[int, int, int]]] = [[] for _ in range(graph.num_ranks)]
         for edge, b in enumerate(bundles):
             box_of[b], edge_of[b] = len(boxes), edge
-            intervals = _mail_intervals(b, timetable)
-            for m, (slot, interval) in enumerate(zip(colour_intervals(intervals), intervals, strict=True)):
-                row[b, m] = slot
-                live[timetable.dag.rank_of[b.stage]].append((*interval, slot))
+        for rank in range(graph.num_ranks):
+            arriving = [b for b in bundles if graph.rank_of[b.stage] == rank]
+            keys = [(b, m) for b in arriving for m in range(timetable.num_microbatches)]
+            intervals = [_mail_interval(timetable, b, m) for b, m in keys]
+            for key, slot, interval in zip(keys, colour_intervals(intervals), intervals, strict=True):
+                row[key] = slot
+                live[rank].append((*interval, slot))
         boxes.append(_make_box(channel, packing, live, timetable))
     return Mail(tuple(boxes), box_of, edge_of, row)
 
 
-def _mail_intervals(bundle: Bundle, timetable: Timetable) -> list[tuple[int, int]]:
-    (kind, source), (last, reader) = bundle.source, bundle.last_reader
-    wait = timetable.exchange - 1
-    return [
-        (timetable.tick_of(Action(kind, source, m)) + wait, timetable.tick_of(Action(last, reader, m)))  # type: ignore[arg-type]
-        for m in range(timetable.num_microbatches)
-    ]
+def _mail_interval(timetable: Timetable, bundle: Bundle, microbatch: int) -> tuple[int, int]:
+    sent = tick_of(timetable, bundle.source, microbatch)
+    return sent + timetable.exchange - 1, last_read(timetable, bundle, microbatch)
 
 
 def _make_box(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,25 +25,24 @@ def _total_item(v: Var, op: str) -> Item:
     return Item(item.shape, np.dtype(np.float32) if half and op == "sum" else item.dtype, tag=op)
 
 
-def _node_totals(graph: StageGraph, rank: int, rank_of: Sequence[int]) -> list[Var]:
-    nodes = sorted((n for n in graph.programs if rank_of[n[1]] == rank), key=lambda n: (n[1], n[0] != "F"))
-    return [v for n in nodes for v in graph.programs[n].partials]
+def _totals_of(graph: StageGraph, rank: int) -> list[Var]:
+    return [v for n in graph.nodes_on(rank) for v in graph.programs[n].partials]
 
 
 def _op(program: Program, v: Var) -> str:
     return program.types[v].op  # type: ignore[union-attr]
 
 
-def pack_totals(graph: StageGraph, rank_of: Sequence[int], num_ranks: int) -> Packing:
-    rows = [[_total_item(v, _op(graph.program, v)) for v in _node_totals(graph, r, rank_of)] for r in range(num_ranks)]
-    return pack_items(rows)
+def pack_totals(graph: StageGraph) -> Packing:
+    ranks = range(graph.num_ranks)
+    return pack_items([[_total_item(v, _op(graph.program, v)) for v in _totals_of(graph, r)] for r in ranks])
 
 
-def totals_places(graph: StageGraph, rank_of: Sequence[int], totals: Packing) -> dict[tuple[Var, str], Place]:
+def totals_places(graph: StageGraph, totals: Packing) -> dict[tuple[Var, str], Place]:
     return {
         (v, _op(graph.program, v)): place
         for rank, places in enumerate(totals.places)
-        for v, place in zip(_node_totals(graph, rank, rank_of), places, strict=True)
+        for v, place in zip(_totals_of(graph, rank), places, strict=True)
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from jaxpar.errors import PlanError
 from jaxpar.plan.costs import Roofline, count_flops, estimate_seconds
@@ -18,7 +18,7 @@ from jaxpar.plan.cuts import (
 )
 from jaxpar.plan.flow import Flow, analyse_flow
 from jaxpar.plan.homes import Homes, home_state, state_read_by
-from jaxpar.plan.stages import StageGraph, StageProgram, route_values
+from jaxpar.plan.stages import Placement, StageGraph, StageProgram, route_values
 from jaxpar.schedule import StageCosts, StageDag
 from jaxpar.text import format_bytes, format_table
 from jaxpar.trace import Eqn, Program, Var
@@ -35,7 +35,9 @@ class StageSummary:
     backward_flops: float
     forward_seconds: float
     backward_seconds: float
+    input_backward_seconds: float | None  # of I, where the backward is split into I and W
     residual_bytes: int  # kept from the forward to the backward, per micro-batch in flight
+    weight_residual_bytes: int  # kept for W after I, per micro-batch; 0 where the backward isn't split
     sent_bytes: int  # per micro-batch, forwards and backwards
 
 
@@ -47,13 +49,27 @@ class Plan:
     homes: Homes
     summaries: tuple[StageSummary, ...]
     microbatch: int
+    flow: Flow = field(repr=False)
+    forward_stage: Mapping[Eqn, int] = field(repr=False)
+    device: Roofline = field(repr=False)
 
     @property
     def costs(self) -> StageCosts:
+        parts = [s.input_backward_seconds for s in self.summaries if s.input_backward_seconds is not None]
         return StageCosts(
             forward=tuple(s.forward_seconds for s in self.summaries),
             backward=tuple(s.backward_seconds for s in self.summaries),
+            input_backward=tuple(parts) if parts else None,
         )
+
+    def split_backwards(self) -> Plan:
+        """The same stages with each backward cut into I and W."""
+        placement = Placement(self.graph.rank_of, self.graph.num_ranks)
+        graph = route_values(self.flow, self.forward_stage, placement, self.microbatch, split=True)
+        assert graph.dag == self.graph.dag
+        stages = range(graph.num_stages)
+        summaries = tuple(_summarise(graph, self.homes, s, self.microbatch, self.device) for s in stages)
+        return replace(self, graph=graph, summaries=summaries)
 
     def __str__(self) -> str:
         count, rows_each = len(self.summaries), self.microbatch
@@ -62,7 +78,7 @@ class Plan:
         rows = [("stage", "modules", "parameters", "state", "F flop", "B flop", "time", "residuals", "sent", "to")]
         whole = sum(s.forward_seconds + s.backward_seconds for s in self.summaries) or 1.0
         for i, s in enumerate(self.summaries):
-            following = ",".join(str(b) for a, b in self.graph.edges("F") if a == i) or "-"
+            following = ",".join(str(b) for a, b in self.graph.edges(forward=True) if a == i) or "-"
             share = (s.forward_seconds + s.backward_seconds) / whole
             flops = (f"{s.forward_flops:.3g}", f"{s.backward_flops:.3g}")
             moved = (format_bytes(s.residual_bytes), format_bytes(s.sent_bytes))
@@ -77,7 +93,7 @@ Judge = Callable[[StageDag, StageCosts], float]
 
 def plan_stages(
     program: Program,
-    num_stages: int,
+    placement: Placement,
     microbatch: int,
     device: Roofline,
     judge: Judge,
@@ -89,7 +105,7 @@ def plan_stages(
 
     Args:
         program: the traced step.
-        num_stages: S.
+        placement: of the S stages on ranks.
         microbatch: examples in one micro-batch on one replica.
         device: what the stages run on.
         judge: the simulated step time of a stage graph; the fastest of the candidates wins.
@@ -101,23 +117,24 @@ def plan_stages(
     Raises: PlanError where the program has fewer places to cut than stages, or a named module isn't there.
     """
     flow = analyse_flow(program, updated)
+    num_stages = placement.num_stages
 
     def make(forward_stage: Mapping[Eqn, int]) -> Plan:
-        graph = route_values(flow, forward_stage, num_stages, microbatch)
+        graph = route_values(flow, forward_stage, placement, microbatch)
         homes = Homes(owners, {}) if owners is not None else home_state(program, graph, updated)
         summaries = tuple(_summarise(graph, homes, s, microbatch, device) for s in range(num_stages))
-        return Plan(graph, homes, summaries, microbatch)
+        return Plan(graph, homes, summaries, microbatch, flow, forward_stage, device)
 
     orders = [order_forward(flow, order, microbatch, device) for order in _distinct_orders(flow)]
     if owners is not None:
         candidates = [make(_stages_of(orders[0], _follow_owners(program, orders[0], owners, num_stages)))]
     elif cuts is not None:
         if len(cuts) + 1 != num_stages:
-            raise PlanError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but the mesh has {num_stages}.")
+            raise PlanError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but there are to be {num_stages}.")
         candidates = [make(_stages_of(orders[0], cut_at_modules(orders[0], cuts)))]
     else:
         candidates = [make(_stages_of(order, balance_stages(order, num_stages, device))) for order in orders]
-    return min(candidates, key=lambda p: judge(p.graph.dag(num_stages), p.costs))
+    return min(candidates, key=lambda p: judge(p.graph.dag, p.costs))
 
 
 def _distinct_orders(flow: Flow) -> list[list[int]]:
@@ -153,14 +170,13 @@ def _follow_owners(
 
 
 def _summarise(graph: StageGraph, homes: Homes, stage: int, n: int, device: Roofline) -> StageSummary:
-    forward, backward = graph.programs["F", stage], graph.programs.get(("B", stage))
+    forward = graph.programs["F", stage]
+    backward = graph.whole.get(stage) or graph.programs.get(("B", stage))
+    first_half = graph.programs.get(("I", stage))
     back_eqns = backward.eqns if backward is not None else ()
-    stays = [
-        v
-        for b in graph.bundles
-        if b.stage == stage and b.last_reader[0] == "B" and b.source[0] == "F"
-        for v in b.values
-    ]
+    kept = [b for b in graph.bundles if b.stage == stage and b.last_reader[0] != "F" and not b.travels]
+    stays = [v for b in kept if b.source[0] == "F" for v in b.values]
+    waits = [v for b in kept if b.last_reader[0] == "W" for v in b.values]
     sent = [v for b in graph.bundles if b.travels and b.source[1] == stage for v in b.values]
     owned = [graph.program.inputs[i] for i, s in homes.stage.items() if s == stage]
     read = state_read_by(graph, stage)
@@ -172,7 +188,11 @@ def _summarise(graph: StageGraph, homes: Homes, stage: int, n: int, device: Roof
         backward_flops=sum(count_flops(e, n) for e in back_eqns),
         forward_seconds=sum(estimate_seconds(e, n, device) for e in forward.eqns),
         backward_seconds=sum(estimate_seconds(e, n, device) for e in back_eqns),
+        input_backward_seconds=(
+            sum(estimate_seconds(e, n, device) for e in first_half.eqns) if first_half is not None else None
+        ),
         residual_bytes=sum(v.bytes_at(n) for v in stays),
+        weight_residual_bytes=sum(v.bytes_at(n) for v in waits),
         sent_bytes=sum(v.bytes_at(n) for v in sent),
     )
 

@@ -5,6 +5,9 @@
     F[s]: (invariants, batch rows, received values) -> (residuals, sent values, partial sums, per-example outputs)
     B[s]: (invariants, batch rows, received values, residuals) -> (sent values, partial sums, per-example outputs)
 
+A timetable may split B into I, what other stages wait for, and W, what only gradients wait for: W[s] reads residuals of
+F[s] and of I[s].
+
 Every value that leaves a program is part of one `Bundle`: values made by one action that are held at one stage until
 the same last reader. A residual is a bundle that stays; a boundary value or cotangent is one that travels.
 """
@@ -12,17 +15,18 @@ the same last reader. A residual is a bundle that stays; a boundary value or cot
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from jaxpar.errors import PlanError
 from jaxpar.plan.flow import Flow
 from jaxpar.plan.residuals import RECOMPUTED, choose_residuals
 from jaxpar.schedule import StageDag
 from jaxpar.trace import Eqn, Program, Var
 from jaxpar.trace.ir import alias_p
 
-Node = tuple[str, int]  # ("F" or "B", stage)
+Node = tuple[str, int]  # (F, B, I or W; stage)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Bundle:
 
     @property
     def travels(self) -> bool:
+        """To another stage, which may be on the same rank."""
         return self.source[1] != self.stage
 
     @property
@@ -58,19 +63,39 @@ class StageProgram:
 
 @dataclass(frozen=True, eq=False)
 class StageGraph:
-    """Stages as a DAG, closed under data flow."""
+    """Stages as a DAG, closed under data flow, and the rank that each is on."""
 
     program: Program
-    num_stages: int
+    rank_of: tuple[int, ...]
+    num_ranks: int
     programs: Mapping[Node, StageProgram]
     bundles: tuple[Bundle, ...]
+    whole: Mapping[int, StageProgram]  # where backwards are split: I and W of a stage as one action, B
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.rank_of)
 
     @property
     def has_backward(self) -> bool:
-        return any(kind == "B" for kind, _ in self.programs)
+        return any(kind != "F" for kind, _ in self.programs)
 
-    def edges(self, kind: str) -> tuple[tuple[int, int], ...]:
-        pairs = {(b.source[1], b.stage) for b in self.bundles if b.travels and b.source[0] == kind}
+    @property
+    def is_split(self) -> bool:
+        return bool(self.whole)
+
+    def changes_rank(self, bundle: Bundle) -> bool:
+        """Whether a bundle is sent, rather than kept where it was made."""
+        return self.rank_of[bundle.source[1]] != self.rank_of[bundle.stage]
+
+    def nodes_on(self, rank: int) -> list[Node]:
+        """What one rank does, in canonical order."""
+        kinds = "FBIW"
+        return sorted((n for n in self.programs if self.rank_of[n[1]] == rank), key=lambda n: (n[1], kinds.index(n[0])))
+
+    def edges(self, forward: bool) -> tuple[tuple[int, int], ...]:
+        """Who sends to whom, between the forwards or between the backwards."""
+        pairs = {(b.source[1], b.stage) for b in self.bundles if b.travels and (b.source[0] == "F") == forward}
         return tuple(sorted(pairs))
 
     @cached_property
@@ -78,24 +103,65 @@ class StageGraph:
         """The stage that accumulates each partial reduction."""
         return {v: p.node[1] for p in self.programs.values() for v in p.partials}
 
-    def dag(self, num_ranks: int) -> StageDag:
-        """What a schedule needs to know. Stage s is on rank s."""
-        ranks = tuple(s % num_ranks for s in range(self.num_stages))
-        return StageDag(self.num_stages, self.edges("F"), self.edges("B"), ranks, num_ranks, self.has_backward)
+    @cached_property
+    def dag(self) -> StageDag:
+        """What a schedule needs to know."""
+        return StageDag(
+            self.num_stages, self.edges(True), self.edges(False), self.rank_of, self.num_ranks, self.has_backward
+        )
 
 
-def route_values(flow: Flow, forward_stage: Mapping[Eqn, int], num_stages: int, microbatch: int) -> StageGraph:
+@dataclass(frozen=True)
+class Placement:
+    """The rank of each stage."""
+
+    rank_of: tuple[int, ...]
+    num_ranks: int
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.rank_of)
+
+
+def place_stages(num_ranks: int, stages_per_rank: int, kind: str) -> Placement:
+    """Stages of a chain on ranks.
+
+    Args:
+        num_ranks: R.
+        stages_per_rank: v; there are v R stages.
+        kind: "round_robin": stage s on rank s mod R (interleaved schedules). "v": down the ranks and up again, 0 ...
+            R-1, R-1 ... 0, and so on (V-shaped schedules, after Qi et al. 2024, arXiv 2405.15362).
+
+    >>> place_stages(3, 2, "v").rank_of
+    (0, 1, 2, 2, 1, 0)
+    """
+    if not isinstance(stages_per_rank, int) or stages_per_rank < 1:
+        raise PlanError(f"stages_per_rank is {stages_per_rank!r}; it must be a whole number, at least 1.")
+    if kind not in ("round_robin", "v"):
+        raise PlanError(f"placement is {kind!r}; known: 'round_robin', 'v'.")
+    ranks: list[int] = []
+    for chunk in range(stages_per_rank):
+        ranks += reversed(range(num_ranks)) if kind == "v" and chunk % 2 else range(num_ranks)
+    return Placement(tuple(ranks), num_ranks)
+
+
+def route_values(
+    flow: Flow, forward_stage: Mapping[Eqn, int], placement: Placement, microbatch: int, split: bool = False
+) -> StageGraph:
     """Close the stages under data flow.
 
     Args:
         flow: the micro-batch equations.
         forward_stage: stage of each forward equation; every edge goes from a lower stage to a higher one, or stays.
+        placement: of the stages on ranks.
         microbatch: examples in one micro-batch, to weigh what is stored against what is recomputed.
+        split: cut each backward into I and W.
     """
-    return _Routing(flow, _place_all(flow, forward_stage), num_stages, microbatch).run()
+    back = "I" if split else "B"
+    return _Routing(flow, _place_all(flow, forward_stage, back), placement, microbatch, back).run()
 
 
-def _place_all(flow: Flow, forward_stage: Mapping[Eqn, int]) -> dict[Eqn, Node]:
+def _place_all(flow: Flow, forward_stage: Mapping[Eqn, int], back: str) -> dict[Eqn, Node]:
     """The node of every placed equation; a backward one never lies downstream of its backward inputs, but for those
     that it can have from the forward."""
     place: dict[Eqn, Node] = {eqn: ("F", s) for eqn, s in forward_stage.items()}
@@ -103,9 +169,9 @@ def _place_all(flow: Flow, forward_stage: Mapping[Eqn, int]) -> dict[Eqn, Node]:
         stage = forward_stage[flow.forward[flow.anchor[eqn]]]
         for v in eqn.reads:
             producer = place.get(flow.program.producer.get(v))  # type: ignore[arg-type]
-            if producer is not None and producer[0] == "B" and not _has_twin(flow, place, v, stage):
+            if producer is not None and producer[0] != "F" and not _has_twin(flow, place, v, stage):
                 stage = min(stage, producer[1])
-        place[eqn] = ("B", stage)
+        place[eqn] = (back, stage)
     return place
 
 
@@ -118,13 +184,13 @@ def _has_twin(flow: Flow, place: Mapping[Eqn, Node], v: Var, stage: int) -> bool
 
 
 class _Routing:
-    """Nodes in reverse order of execution, so that each one knows what is asked of it: B[0] ... B[S-1], F[S-1] ...
-    F[0]."""
+    """Nodes in reverse order of execution, so that each one knows what is asked of it: B[0] ... B[S-1] (or W[0], I[0],
+    W[1] ...), F[S-1] ... F[0]."""
 
-    def __init__(self, flow: Flow, place: dict[Eqn, Node], num_stages: int, microbatch: int):
+    def __init__(self, flow: Flow, place: dict[Eqn, Node], placement: Placement, microbatch: int, back: str):
         self.flow, self.program, self.microbatch = flow, flow.program, microbatch
-        self.place = place
-        self.num_stages = num_stages
+        self.place, self.placement, self.back = place, placement, back
+        self.num_stages = placement.num_stages
         self.order = {eqn: i for i, eqn in enumerate(self.program.eqns)}
         self.aliases: dict[Var, Eqn] = {}  # of values computed again, from the forward's
         self.exports: dict[Node, set[Var]] = defaultdict(set)
@@ -133,22 +199,67 @@ class _Routing:
         self.outputs = self._place_outputs()
 
     def run(self) -> StageGraph:
-        nodes = [("B", s) for s in range(self.num_stages)] if self.flow.backward else []
-        nodes += [("F", s) for s in reversed(range(self.num_stages))]
-        members: dict[Node, list[Eqn]] = defaultdict(list)
+        self.members: dict[Node, set[Eqn]] = defaultdict(set)
         for eqn, node in self.place.items():
-            members[node].append(eqn)
-        programs = {node: self._close(node, members[node]) for node in nodes}
-        return StageGraph(self.program, self.num_stages, dict(reversed(programs.items())), self._bundles())
+            self.members[node].add(eqn)
+        programs: dict[Node, StageProgram] = {}
+        for s in range(self.num_stages) if self.flow.backward else ():
+            if self.back == "I":
+                self._move_weights(s)
+                programs["W", s] = self._close(("W", s))
+            programs[self.back, s] = self._close((self.back, s))
+        for s in reversed(range(self.num_stages)):
+            programs["F", s] = self._close(("F", s))
+        whole = {s: self._join(programs["I", s], programs["W", s]) for kind, s in programs if kind == "I"}
+        rank_of, num_ranks = self.placement.rank_of, self.placement.num_ranks
+        return StageGraph(self.program, rank_of, num_ranks, dict(reversed(programs.items())), self._bundles(), whole)
+
+    def _move_weights(self, stage: int) -> None:
+        """Leave in I what other stages wait for, and move the rest of the backward to W.
+
+        Where no other stage waits, I is what more than one gradient waits for: the way down through the layers.
+        """
+        here = sorted(self.members["I", stage], key=self.order.__getitem__)
+        asked = self.exports["I", stage]
+        if asked:
+            awaited, _ = self._needed(set(asked), self.members["I", stage], ("I", stage))
+        else:
+            awaited = _shared_by_totals(here, {v for v, home in self.partials.items() if home == ("I", stage)})
+        for eqn in here:
+            if eqn not in awaited:
+                self.place[eqn] = ("W", stage)
+                self.members["I", stage].remove(eqn)
+                self.members["W", stage].add(eqn)
+        for found in (self.partials, self.outputs):
+            for v, home in found.items():
+                if home == ("I", stage) and self._source(v) == ("W", stage):
+                    found[v] = ("W", stage)
+
+    def _join(self, first: StageProgram, second: StageProgram) -> StageProgram:
+        """I and W of a stage as one action."""
+        eqns = tuple(sorted({*first.eqns, *second.eqns}, key=self.order.__getitem__))
+        made = {v for eqn in eqns for v in eqn.outputs}
+        either = lambda a, b: tuple(dict.fromkeys((*a, *b)))
+        reads = sorted({v for v in either(first.reads, second.reads) if v not in made}, key=self._rank)
+        return StageProgram(
+            ("B", first.node[1]),
+            eqns,
+            tuple(reads),
+            either(first.invariants, second.invariants),
+            either(first.batch, second.batch),
+            either(first.partials, second.partials),
+            either(first.outputs, second.outputs),
+        )
 
     # -- one node --------------------------------------------------------------------------------------------------
 
-    def _close(self, node: Node, members: list[Eqn]) -> StageProgram:
+    def _close(self, node: Node) -> StageProgram:
+        members = self.members[node]
         partials = [v for v, home in self.partials.items() if home == node]
         outputs = [v for v, home in self.outputs.items() if home == node]
-        eqns, reads = self._needed({*self.exports[node], *partials, *outputs}, set(members), node)
-        if node[0] == "B":
-            self._recompute_cheap(node[1], eqns, reads)
+        eqns, reads = self._needed({*self.exports[node], *partials, *outputs}, members, node)
+        if node[0] != "F":
+            self._recompute_cheap(node, eqns, reads)
         for v in sorted(reads, key=self._rank):
             self._request(v, node)
         ordered = tuple(sorted(eqns, key=self.order.__getitem__))
@@ -195,10 +306,10 @@ class _Routing:
     def _computed_again_elsewhere(self, v: Var, node: Node) -> bool:
         source = self._source(v)
         return (
-            node[0] == "B"
+            node[0] != "F"
             and source is not None
-            and source[0] == "B"
-            and source != node
+            and source[0] != "F"
+            and source[1] != node[1]
             and _has_twin(self.flow, self.place, v, node[1])
         )
 
@@ -210,8 +321,9 @@ class _Routing:
             self.order[alias] = self.order[producer]
         return self.aliases[v]
 
-    def _recompute_cheap(self, stage: int, eqns: set[Eqn], reads: set[Var]) -> None:
+    def _recompute_cheap(self, node: Node, eqns: set[Eqn], reads: set[Var]) -> None:
         """Keep fewer bytes of the forward by repeating element-wise equations in the backward."""
+        stage = node[1]
 
         def producer_of(v: Var) -> Eqn | None:
             producer = self.program.producer[v]
@@ -228,7 +340,7 @@ class _Routing:
         reads.difference_update(wanted)
         reads.update(kept)
         for eqn in repeated:
-            more, _ = self._needed({*eqn.outputs}, {eqn}, ("B", stage))
+            more, _ = self._needed({*eqn.outputs}, {eqn}, node)
             eqns.update(more)
 
     def _request(self, v: Var, node: Node) -> None:
@@ -236,8 +348,8 @@ class _Routing:
         source = self._source(v)
         assert source is not None
         kind, stage = node
-        if source[1] > stage and kind == "B" and source[0] == "F":
-            carrier = ("B", source[1])
+        if source[1] > stage and kind != "F" and source[0] == "F":
+            carrier = (self.back, source[1])
             self._hold(v, source, source[1], carrier)
             self._hold(v, carrier, stage, node)
             return
@@ -311,5 +423,19 @@ class _Routing:
         )
 
 
-def _execution_order(node: Node) -> tuple[int, int]:
-    return (0, node[1]) if node[0] == "F" else (1, -node[1])
+def _execution_order(node: Node) -> tuple[int, int, int]:
+    kind, stage = node
+    return (0, stage, 0) if kind == "F" else (1, -stage, kind == "W")
+
+
+def _shared_by_totals(eqns: Sequence[Eqn], totals: set[Var]) -> set[Eqn]:
+    """The equations that at least two of `totals` need."""
+    behind: dict[Var, set[Var]] = {v: {v} for v in totals}
+    shared = set()
+    for eqn in reversed(eqns):
+        found = set().union(*(behind.get(v, set()) for v in eqn.outputs))
+        if len(found) > 1:
+            shared.add(eqn)
+        for v in eqn.reads:
+            behind.setdefault(v, set()).update(found)
+    return shared

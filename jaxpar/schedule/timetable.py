@@ -80,6 +80,15 @@ class Timetable:
             raise ScheduleError(f"timetable {self.name!r} has no action {action}")
         return self._ticks[action]
 
+    def has(self, action: Action) -> bool:
+        """Whether `action` is ever done."""
+        return action in self._ticks
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some backward is done as I and W."""
+        return any(action.kind == "I" for action in self._ticks)
+
     def order(self, rank: int) -> tuple[Action, ...]:
         """The actions of one rank, in order."""
         return tuple(action for cells in self.grid if (action := cells[rank]) is not None)

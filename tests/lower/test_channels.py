@@ -42,8 +42,7 @@ def test_bundles_travel_on_permutations(name):
     case = small_case(name)
     mesh = jax.make_mesh((8,), ("stage",))
     graph = jaxpar.parallelize(case.step, mesh=mesh, num_microbatches=4).plan(case.state, case.batch).graph
-    rank_of = list(range(8))
-    routing = colour_channels(graph, rank_of)
+    routing = colour_channels(graph)
     for channel in routing.channels:
         for side in (0, 1):
             assert len({pair[side] for pair in channel.pairs}) == len(channel.pairs)

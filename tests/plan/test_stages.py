@@ -42,22 +42,22 @@ def test_programs_have_what_they_read(name, stages):
 @pytest.mark.parametrize("name", ["gpt", "towers", "unet"])
 def test_values_travel_forwards_in_the_forward_pass_and_back_in_the_backward(name):
     graph = build(small_case(name), 8).plan.graph
-    assert all(a < b for a, b in graph.edges("F"))
-    assert all(a > b for a, b in graph.edges("B"))
+    assert all(a < b for a, b in graph.edges(forward=True))
+    assert all(a > b for a, b in graph.edges(forward=False))
 
 
 def test_two_towers_are_side_by_side():
     """Branches that don't depend on each other: the graph is not a chain."""
     graph = build(small_case("towers"), 8).plan.graph
-    dag = graph.dag(8)
-    assert len(graph.edges("F")) < 28  # of a complete graph
+    dag = graph.dag
+    assert len(graph.edges(forward=True)) < 28  # of a complete graph
     assert max(dag.depth) < 8
-    assert sum(b == 7 for _, b in graph.edges("F")) > 1
+    assert sum(b == 7 for _, b in graph.edges(forward=True)) > 1
 
 
 def test_skips_pass_over_stages():
     graph = build(small_case("unet"), 4).plan.graph
-    assert any(b - a > 1 for a, b in graph.edges("F"))
+    assert any(b - a > 1 for a, b in graph.edges(forward=True))
 
 
 @pytest.mark.parametrize(
