@@ -31,8 +31,8 @@ def parallelize(
     state_of: PipelinedStep | None = None,
     new_state: NewState = "auto",
     donate: bool = True,
-    stages_per_rank: int = 1,
-    placement: str = "round_robin",
+    stages_per_rank: int | None = None,
+    placement: str | None = None,
 ) -> Any:
     """Make a pipelined training step of one that is written for a single device.
 
@@ -46,7 +46,9 @@ def parallelize(
         mesh: has an axis of stages; one of replicas, if any, splits the batch; all others are left to the compiler,
             so that the user's own shardings over them act inside a stage.
         num_microbatches: M; the batch size must be a multiple of M times the number of replicas.
-        schedule: "gpipe", "1f1b", a function `(dag, num_microbatches, **options) -> Timetable`, or a `Timetable`.
+        schedule: a name: "gpipe", "1f1b", "eager_1f1b", "kfkb", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2",
+            "zb_v", "v_half", "v_min", "dualpipe_v"; a function `(dag, num_microbatches, **options) -> Timetable`; or a
+            `Timetable`.
         schedule_options: for the schedule, e.g. `{"extra": 0}` for 1F1B with the textbook's memory.
         batch_argnums: arguments whose arrays have one row per example.
         state_argnums: arguments that are training state: each leaf is kept by the stage that uses it. Where several
@@ -60,8 +62,10 @@ def parallelize(
             computed from its old value; a function from the output to them, e.g. `lambda out: out[0]`, where that
             guesses wrong; None: none.
         donate: give the placed state's buffers to the step that updates it.
-        stages_per_rank: v; the step is cut into v stages for each rank of the stage axis.
-        placement: of these on the ranks: "round_robin" (stage s on rank s mod R), or "v" (down the ranks and up again).
+        stages_per_rank: v; the step is cut into v stages for each rank of the stage axis. By default as many as the
+            schedule is made for: two for interleaved and V-shaped ones, one for the others.
+        placement: of these on the ranks: "round_robin" (stage s on rank s mod R), or "v" (down the ranks and up
+            again). By default as the schedule needs it.
 
     Returns: a `PipelinedStep`.
 

@@ -16,8 +16,8 @@ from jaxpar import _jax
 from jaxpar.arguments import Arguments, NewState, OutputTree, match_state_outputs
 from jaxpar.errors import PlanError, TraceError
 from jaxpar.lower import Axes, Machine, PlacedState, StateLayout, build_machine, build_step, keep_axes, make_layout
-from jaxpar.plan import Plan, Roofline, place_stages, plan_stages
-from jaxpar.schedule import StageCosts, StageDag, Timetable, make_timetable, simulate
+from jaxpar.plan import Plan, Roofline, plan_stages
+from jaxpar.schedule import StageCosts, StageDag, Timetable, default_layout, make_timetable, place_stages, simulate
 from jaxpar.trace import Program, make_program, trace_size
 
 Spec = tuple[Any, ...]
@@ -32,13 +32,23 @@ class Options:
     state_of: Any  # PipelinedStep | None
     new_state: NewState
     donate: bool
-    stages_per_rank: int
-    placement: str
+    stages_per_rank: int | None
+    placement: str | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_microbatches, int | np.integer) or self.num_microbatches < 1:
             raise PlanError(f"num_microbatches is {self.num_microbatches}; it must be a whole number, at least 1.")
-        place_stages(1, self.stages_per_rank, self.placement)  # so that a mistake shows at once
+        count = self.stages_per_rank
+        if count is not None and (not isinstance(count, int | np.integer) or count < 1):
+            raise PlanError(f"stages_per_rank is {count!r}; it must be a whole number, at least 1.")
+        self.rank_of(1)  # so that a wrong placement shows at once
+
+    def rank_of(self, num_ranks: int) -> tuple[int, ...]:
+        """The rank of each stage: as asked for, or as the schedule needs it."""
+        if isinstance(self.schedule, Timetable):
+            return self.schedule.dag.rank_of
+        count, placement = default_layout(self.schedule)
+        return place_stages((self.stages_per_rank or count) * num_ranks, num_ranks, self.placement or placement)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +105,10 @@ def run_passes(
     (whole, shapes), (small, _) = map(arguments.trace, sizes)
     program = make_program(whole, small, sizes, arguments.names, arguments.roles)
     outputs = match_state_outputs(arguments, shapes, program.carries_over, options.new_state)
-    placement = place_stages(axes.num_ranks, options.stages_per_rank, options.placement)
     plan = plan_stages(
         program,
-        placement,
+        options.rank_of(axes.num_ranks),
+        axes.num_ranks,
         microbatch,
         Roofline.for_platform(platform),
         judge=lambda dag, costs: _simulated_seconds(options, dag, costs),

@@ -5,14 +5,13 @@ from jaxpar.plan.flow import Flow, analyse_flow
 from jaxpar.plan.homes import Homes, home_state
 from jaxpar.plan.partition import partition_sequence
 from jaxpar.plan.plan import Plan, StageSummary, plan_stages
-from jaxpar.plan.stages import Bundle, Node, Placement, StageGraph, StageProgram, place_stages, route_values
+from jaxpar.plan.stages import Bundle, Node, StageGraph, StageProgram, route_values
 
 __all__ = [
     "Bundle",
     "Flow",
     "Homes",
     "Node",
-    "Placement",
     "Plan",
     "Roofline",
     "StageGraph",
@@ -24,7 +23,6 @@ __all__ = [
     "estimate_seconds",
     "home_state",
     "partition_sequence",
-    "place_stages",
     "plan_stages",
     "route_values",
 ]

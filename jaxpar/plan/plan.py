@@ -18,7 +18,7 @@ from jaxpar.plan.cuts import (
 )
 from jaxpar.plan.flow import Flow, analyse_flow
 from jaxpar.plan.homes import Homes, home_state, state_read_by
-from jaxpar.plan.stages import Placement, StageGraph, StageProgram, route_values
+from jaxpar.plan.stages import StageGraph, StageProgram, route_values
 from jaxpar.schedule import StageCosts, StageDag
 from jaxpar.text import format_bytes, format_table
 from jaxpar.trace import Eqn, Program, Var
@@ -64,8 +64,8 @@ class Plan:
 
     def split_backwards(self) -> Plan:
         """The same stages with each backward cut into I and W."""
-        placement = Placement(self.graph.rank_of, self.graph.num_ranks)
-        graph = route_values(self.flow, self.forward_stage, placement, self.microbatch, split=True)
+        rank_of, num_ranks = self.graph.rank_of, self.graph.num_ranks
+        graph = route_values(self.flow, self.forward_stage, rank_of, num_ranks, self.microbatch, split=True)
         assert graph.dag == self.graph.dag
         stages = range(graph.num_stages)
         summaries = tuple(_summarise(graph, self.homes, s, self.microbatch, self.device) for s in stages)
@@ -93,7 +93,8 @@ Judge = Callable[[StageDag, StageCosts], float]
 
 def plan_stages(
     program: Program,
-    placement: Placement,
+    rank_of: Sequence[int],
+    num_ranks: int,
     microbatch: int,
     device: Roofline,
     judge: Judge,
@@ -105,7 +106,8 @@ def plan_stages(
 
     Args:
         program: the traced step.
-        placement: of the S stages on ranks.
+        rank_of: the rank of each of the S stages.
+        num_ranks: R.
         microbatch: examples in one micro-batch on one replica.
         device: what the stages run on.
         judge: the simulated step time of a stage graph; the fastest of the candidates wins.
@@ -117,10 +119,10 @@ def plan_stages(
     Raises: PlanError where the program has fewer places to cut than stages, or a named module isn't there.
     """
     flow = analyse_flow(program, updated)
-    num_stages = placement.num_stages
+    num_stages = len(rank_of)
 
     def make(forward_stage: Mapping[Eqn, int]) -> Plan:
-        graph = route_values(flow, forward_stage, placement, microbatch)
+        graph = route_values(flow, forward_stage, rank_of, num_ranks, microbatch)
         homes = Homes(owners, {}) if owners is not None else home_state(program, graph, updated)
         summaries = tuple(_summarise(graph, homes, s, microbatch, device) for s in range(num_stages))
         return Plan(graph, homes, summaries, microbatch, flow, forward_stage, device)

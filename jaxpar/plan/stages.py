@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jaxpar.errors import PlanError
 from jaxpar.plan.flow import Flow
 from jaxpar.plan.residuals import RECOMPUTED, choose_residuals
 from jaxpar.schedule import StageDag
@@ -111,54 +110,28 @@ class StageGraph:
         )
 
 
-@dataclass(frozen=True)
-class Placement:
-    """The rank of each stage."""
-
-    rank_of: tuple[int, ...]
-    num_ranks: int
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.rank_of)
-
-
-def place_stages(num_ranks: int, stages_per_rank: int, kind: str) -> Placement:
-    """Stages of a chain on ranks.
-
-    Args:
-        num_ranks: R.
-        stages_per_rank: v; there are v R stages.
-        kind: "round_robin": stage s on rank s mod R (interleaved schedules). "v": down the ranks and up again, 0 ...
-            R-1, R-1 ... 0, and so on (V-shaped schedules, after Qi et al. 2024, arXiv 2405.15362).
-
-    >>> place_stages(3, 2, "v").rank_of
-    (0, 1, 2, 2, 1, 0)
-    """
-    if not isinstance(stages_per_rank, int) or stages_per_rank < 1:
-        raise PlanError(f"stages_per_rank is {stages_per_rank!r}; it must be a whole number, at least 1.")
-    if kind not in ("round_robin", "v"):
-        raise PlanError(f"placement is {kind!r}; known: 'round_robin', 'v'.")
-    ranks: list[int] = []
-    for chunk in range(stages_per_rank):
-        ranks += reversed(range(num_ranks)) if kind == "v" and chunk % 2 else range(num_ranks)
-    return Placement(tuple(ranks), num_ranks)
-
-
 def route_values(
-    flow: Flow, forward_stage: Mapping[Eqn, int], placement: Placement, microbatch: int, split: bool = False
+    flow: Flow,
+    forward_stage: Mapping[Eqn, int],
+    rank_of: Sequence[int],
+    num_ranks: int,
+    microbatch: int,
+    split: bool = False,
 ) -> StageGraph:
     """Close the stages under data flow.
 
     Args:
         flow: the micro-batch equations.
         forward_stage: stage of each forward equation; every edge goes from a lower stage to a higher one, or stays.
-        placement: of the stages on ranks.
+        rank_of: the rank of each stage.
+        num_ranks: R.
         microbatch: examples in one micro-batch, to weigh what is stored against what is recomputed.
         split: cut each backward into I and W.
     """
     back = "I" if split else "B"
-    return _Routing(flow, _place_all(flow, forward_stage, back), placement, microbatch, back).run()
+    routing = _Routing(flow, _place_all(flow, forward_stage, back), len(rank_of), microbatch, back)
+    programs, whole = routing.run()
+    return StageGraph(flow.program, tuple(rank_of), num_ranks, programs, routing.bundles(), whole)
 
 
 def _place_all(flow: Flow, forward_stage: Mapping[Eqn, int], back: str) -> dict[Eqn, Node]:
@@ -187,10 +160,9 @@ class _Routing:
     """Nodes in reverse order of execution, so that each one knows what is asked of it: B[0] ... B[S-1] (or W[0], I[0],
     W[1] ...), F[S-1] ... F[0]."""
 
-    def __init__(self, flow: Flow, place: dict[Eqn, Node], placement: Placement, microbatch: int, back: str):
+    def __init__(self, flow: Flow, place: dict[Eqn, Node], num_stages: int, microbatch: int, back: str):
         self.flow, self.program, self.microbatch = flow, flow.program, microbatch
-        self.place, self.placement, self.back = place, placement, back
-        self.num_stages = placement.num_stages
+        self.place, self.num_stages, self.back = place, num_stages, back
         self.order = {eqn: i for i, eqn in enumerate(self.program.eqns)}
         self.aliases: dict[Var, Eqn] = {}  # of values computed again, from the forward's
         self.exports: dict[Node, set[Var]] = defaultdict(set)
@@ -198,7 +170,8 @@ class _Routing:
         self.partials = self._accumulate_partials()
         self.outputs = self._place_outputs()
 
-    def run(self) -> StageGraph:
+    def run(self) -> tuple[dict[Node, StageProgram], dict[int, StageProgram]]:
+        """All programs, in order of execution; where backwards are split, also I and W of a stage as one."""
         self.members: dict[Node, set[Eqn]] = defaultdict(set)
         for eqn, node in self.place.items():
             self.members[node].add(eqn)
@@ -211,8 +184,7 @@ class _Routing:
         for s in reversed(range(self.num_stages)):
             programs["F", s] = self._close(("F", s))
         whole = {s: self._join(programs["I", s], programs["W", s]) for kind, s in programs if kind == "I"}
-        rank_of, num_ranks = self.placement.rank_of, self.placement.num_ranks
-        return StageGraph(self.program, rank_of, num_ranks, dict(reversed(programs.items())), self._bundles(), whole)
+        return dict(reversed(programs.items())), whole
 
     def _move_weights(self, stage: int) -> None:
         """Leave in I what other stages wait for, and move the rest of the backward to W.
@@ -406,7 +378,7 @@ class _Routing:
         producer = self.program.producer[v]
         return self.order[producer], producer.outputs.index(v)
 
-    def _bundles(self) -> tuple[Bundle, ...]:
+    def bundles(self) -> tuple[Bundle, ...]:
         """Values of one source, held at one stage until the same last reader, make one bundle."""
         groups: dict[tuple[Node, int, Node], tuple[set[Node], list[Var]]] = {}
         for (v, source, stage), readers in self.held.items():

@@ -14,6 +14,7 @@ from jaxpar.schedule.kfkb import kfkb as kfkb
 from jaxpar.schedule.looped_bfs import looped_bfs as looped_bfs
 from jaxpar.schedule.one_f_one_b import one_f_one_b as one_f_one_b
 from jaxpar.schedule.registry import SCHEDULES as SCHEDULES
+from jaxpar.schedule.registry import default_layout as default_layout
 from jaxpar.schedule.registry import make_timetable as make_timetable
 from jaxpar.schedule.simulate import Lockstep as Lockstep
 from jaxpar.schedule.simulate import Simulation as Simulation

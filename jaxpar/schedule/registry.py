@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxpar.errors import ScheduleError
-from jaxpar.schedule.dag import StageDag
+from jaxpar.schedule.dag import Placement, StageDag
 from jaxpar.schedule.dualpipe_v import dualpipe_v
 from jaxpar.schedule.eager_1f1b import eager_1f1b
 from jaxpar.schedule.forward_only import forward_only
@@ -38,6 +38,24 @@ SCHEDULES: dict[str, Schedule] = {
     "v_min": v_min,
     "dualpipe_v": dualpipe_v,
 }
+
+_LAYOUTS: dict[str, tuple[int, Placement]] = {
+    "interleaved_1f1b": (2, "round_robin"),
+    "looped_bfs": (2, "round_robin"),
+    "zb_v": (2, "v"),
+    "v_half": (2, "v"),
+    "v_min": (2, "v"),
+    "dualpipe_v": (2, "v"),
+}
+
+
+def default_layout(schedule: object) -> tuple[int, Placement]:
+    """How many stages a schedule wants on each rank, and how they go to ranks, where the user doesn't say.
+
+    >>> default_layout("zb_v"), default_layout("1f1b")
+    ((2, 'v'), (1, 'round_robin'))
+    """
+    return _LAYOUTS.get(schedule, (1, "round_robin")) if isinstance(schedule, str) else (1, "round_robin")
 
 
 def make_timetable(

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpar.plan import analyse_flow, place_stages, route_values
+from jaxpar.plan import analyse_flow, route_values
 from jaxpar.plan.residuals import choose_residuals
 from jaxpar.trace import Eqn, Var, make_program
 
@@ -65,6 +65,6 @@ def test_a_gelu_keeps_its_input_only():
     jaxprs = [jax.make_jaxpr(step)(jnp.ones((3, 5)), jnp.ones((n, 3))) for n in (8, 2)]
     program = make_program(*jaxprs, (8, 2), ["w", "x"], ["state", "batch"])
     flow = analyse_flow(program, {})
-    graph = route_values(flow, dict.fromkeys(flow.forward, 0), place_stages(1, 1, "v"), 2)
+    graph = route_values(flow, dict.fromkeys(flow.forward, 0), [0], 1, 2)
     (residuals,) = [b for b in graph.bundles if not b.travels]
     assert [(v.shape[1:], program.producer[v].name) for v in residuals.values] == [((5,), "dot_general")]
