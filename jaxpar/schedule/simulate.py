@@ -33,12 +33,12 @@ def simulate(timetable: Timetable, costs: StageCosts, *, mode: Mode = "executor"
                    end[a]   = start[a] + cost of a
                    sent[e]  = max(end[a], sent of the message before it on its link) + occupancy[e], for each output e
 
-        blocking   as free, but a rank does nothing else while it sends or receives, one message at a time:
-                   a receive takes `occupancy + latency` or lasts until the sender is done, whichever is later
+        blocking   as free, but a rank does nothing else until what it sends has arrived, one message after the other;
+                   what it receives meanwhile comes at the same time
 
     The executor exchanges with all neighbours after each tick, whether or not they have a value to give. So the free
     time is never more than the executor's. "free" is a pipeline whose transfers overlap with work; "blocking" is one
-    that calls send and receive in line with its kernels, as PyTorch programs often do.
+    that waits for its sends before it goes on, as PyTorch programs often do.
 
     Args:
       timetable: a valid one.
@@ -94,36 +94,26 @@ def _find_exchanges(dag: StageDag, costs: StageCosts) -> dict[tuple[int, int], t
     return found
 
 
-def _run_freely(timetable: Timetable, costs: StageCosts) -> Iterator[tuple[Action, float]]:
+def _run_freely(timetable: Timetable, costs: StageCosts, *, blocking: bool = False) -> Iterator[tuple[Action, float]]:
     """Ticks are an order in which inputs come before those who need them, and no more than that."""
     mail = _Mail(timetable.dag, costs)
-    free_at = [0.0] * timetable.dag.num_ranks
+    link_free_at: dict[tuple[int, int], float] = {}
+    rank_free_at = [0.0] * timetable.dag.num_ranks
     for cells in timetable.grid:
         for rank, action in enumerate(cells):
             if action is not None:
-                begin = max([free_at[rank], *(arrives for arrives, _ in mail.received_for(action))])
+                begin = max([rank_free_at[rank], *mail.arrivals_for(action)])
                 yield action, begin
-                end = free_at[rank] = begin + costs.of(action)
+                end = rank_free_at[rank] = begin + costs.of(action)
                 for link, occupancy, latency, arrivals in mail.sent_by(action):
-                    end_of_sending = mail.free_at[link] = max(end, mail.free_at.get(link, 0.0)) + occupancy
-                    arrivals[action.microbatch] = end_of_sending + latency
+                    sent = link_free_at[link] = max(end, link_free_at.get(link, 0.0)) + occupancy
+                    arrivals[action.microbatch] = sent + latency
+                    if blocking:
+                        end = rank_free_at[rank] = sent + latency
 
 
 def _run_blocking(timetable: Timetable, costs: StageCosts) -> Iterator[tuple[Action, float]]:
-    mail = _Mail(timetable.dag, costs)
-    free_at = [0.0] * timetable.dag.num_ranks
-    for cells in timetable.grid:
-        for rank, action in enumerate(cells):
-            if action is not None:
-                now = free_at[rank]
-                for arrives, seconds in mail.received_for(action):
-                    now = max(now + seconds, arrives)
-                yield action, now
-                now += costs.of(action)
-                for _, occupancy, latency, arrivals in mail.sent_by(action):
-                    now += occupancy + latency
-                    arrivals[action.microbatch] = now
-                free_at[rank] = now
+    return _run_freely(timetable, costs, blocking=True)
 
 
 _RUNS: dict[str, Callable[[Timetable, StageCosts], Iterator[tuple[Action, float]]]] = {
@@ -139,27 +129,24 @@ class _Mail:
     """Values on their way between ranks. Those of a rank's own stages come before it in its order, and aren't sent."""
 
     def __init__(self, dag: StageDag, costs: StageCosts):
-        self.free_at: dict[tuple[int, int], float] = {}  # by link
-        self.outputs: dict[tuple[str, int], list[_Output]] = {}
-        self.inputs: dict[tuple[str, int], list[tuple[dict[int, float], float]]] = {}
+        self._outputs: dict[tuple[str, int], list[_Output]] = {}
+        self._inputs: dict[tuple[str, int], list[dict[int, float]]] = {}
         for kinds, edges in (("F", dag.forward), ("BI", dag.backward)):
             for src, dst in edges:
                 link = dag.rank_of[src], dag.rank_of[dst]
                 if link[0] == link[1]:
                     continue
                 arrivals: dict[int, float] = {}
-                occupancy, latency = costs.message(dag, src, dst)
                 for kind in kinds:
-                    self.outputs.setdefault((kind, src), []).append((link, occupancy, latency, arrivals))
-                    self.inputs.setdefault((kind, dst), []).append((arrivals, occupancy + latency))
+                    self._outputs.setdefault((kind, src), []).append((link, *costs.message(dag, src, dst), arrivals))
+                    self._inputs.setdefault((kind, dst), []).append(arrivals)
 
     def sent_by(self, action: Action) -> list[_Output]:
-        return self.outputs.get((action.kind, action.stage), [])
+        return self._outputs.get((action.kind, action.stage), [])
 
-    def received_for(self, action: Action) -> list[tuple[float, float]]:
-        """For each input from another rank, when it is there and the seconds that it took."""
-        inputs = self.inputs.get((action.kind, action.stage), [])
-        return [(arrivals[action.microbatch], seconds) for arrivals, seconds in inputs]
+    def arrivals_for(self, action: Action) -> list[float]:
+        """When each input from another rank is there."""
+        return [arrivals[action.microbatch] for arrivals in self._inputs.get((action.kind, action.stage), [])]
 
 
 def compare_lockstep(timetable: Timetable, costs: StageCosts) -> Lockstep:

@@ -141,14 +141,15 @@ def test_by_hand_messages_of_one_pair_of_ranks_queue():
     assert [plain.start[a] for a in second] == [4.5, 5.5], "with a plain transfer nothing queues"
 
 
-def test_by_hand_ranks_that_block_do_nothing_else_while_they_send_or_receive():
-    """Rank 0 works in 0-1, sends in 1-3, works in 3-4, sends in 4-6. Rank 1 starts at 3, and again when it has received
-    the second value: at 6, since it waited for it, not 2 s after its first."""
+def test_by_hand_a_rank_that_blocks_does_nothing_else_until_what_it_sends_has_arrived():
+    """Rank 0 works in 0-1, sends in 1-3, works in 3-4, sends in 4-6; rank 1 starts at 3 and 6."""
     timetable = Timetable.from_text(TWO_SENDS, dag=StageDag.chain(2, has_backward=False))
-    run = simulate(timetable, StageCosts((1, 1), transfer=2), mode="blocking")
-    assert [run.start[Action.from_text(a)] for a in ("0F0", "0F1", "1F0", "1F1")] == [0, 3, 3, 6]
-    late = simulate(timetable, StageCosts((1, 10), transfer=2), mode="blocking")
-    assert late.start[Action("F", 1, 1)] == 3 + 10 + 2, "a value that was sent long ago still takes 2 s to receive"
+    actions = [Action.from_text(text) for text in ("0F0", "0F1", "1F0", "1F1")]
+    for costs in (StageCosts((1, 1), transfer=2), StageCosts((1, 1), sent_bytes=6, link=Link(0.5, 4))):
+        run = simulate(timetable, costs, mode="blocking")
+        assert [run.start[a] for a in actions] == [0, 3, 3, 6]
+    run = simulate(timetable, StageCosts((1, 10), transfer=2), mode="blocking")
+    assert run.start[actions[-1]] == 3 + 10, "what was sent meanwhile is there"
 
 
 def test_memory_in_bytes_by_hand():
