@@ -14,7 +14,9 @@ _ANSI = {"F": 34, "B": 32, "I": 36, "W": 33, "U": 35}  # foreground colours
 _ACTION = re.compile(rf"\b\d+([{''.join(KINDS)}])\d+\b")
 
 
-def render_timetable(timetable: Timetable, *, width: int | None = None, colour: bool | None = None) -> str:
+def render_timetable(
+    timetable: Timetable, *, width: int | None = None, colour: bool | None = None, memory: bool = False
+) -> str:
     """Write a timetable for a terminal: ticks counted across, wrapped to `width`, peaks in flight at the end.
 
     Args:
@@ -22,6 +24,7 @@ def render_timetable(timetable: Timetable, *, width: int | None = None, colour: 
       width: columns of text; those of the terminal by default.
       colour: whether to colour the kinds of action with ANSI escapes; by default if standard output is a terminal and
         the environment variable NO_COLOR is not set (https://no-color.org).
+      memory: whether to write under each rank how many micro-batches it has in flight.
 
     >>> from jaxpar.schedule import StageDag, one_f_one_b
     >>> print(render_timetable(one_f_one_b(StageDag.chain(2), 3), width=40))
@@ -45,6 +48,8 @@ def render_timetable(timetable: Timetable, *, width: int | None = None, colour: 
         format_grid(timetable.grid, ranks, ticks=range(first, min(first + a_block, ticks)))
         for first in range(0, ticks, a_block)
     ]
+    if memory:
+        blocks = [_add_memory(block, timetable) for block in blocks]
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour:
         blocks = [_ACTION.sub(_paint, block) for block in blocks]
     head = f"{timetable.name}: {count_ranks(timetable)}, {ticks} ticks, exchange {timetable.exchange}"
@@ -62,6 +67,20 @@ def count_ranks(timetable: Timetable) -> str:
     """
     ranks, microbatches = timetable.dag.num_ranks, timetable.num_microbatches
     return f"{ranks} rank{'s' * (ranks > 1)}, {microbatches} micro-batch{'es' * (microbatches > 1)}"
+
+
+def _add_memory(block: str, timetable: Timetable) -> str:
+    """Under each rank's row, the micro-batches in flight, right below the ticks of the first line."""
+    head, *rows = block.splitlines()
+    ends = [(int(match[0]), match.end()) for match in re.finditer(r"\d+", head)]
+    lines = [head]
+    for rank, row in enumerate(rows):
+        stages = [timetable.in_flight(stage) for stage in timetable.dag.stages_on(rank)]
+        line = "held |".rjust(row.index("|") + 1)
+        for tick, end in ends:
+            line += str(sum(held[tick] for held in stages)).rjust(end - len(line))
+        lines += [row, line]
+    return "\n".join(lines)
 
 
 def _paint(match: re.Match[str]) -> str:

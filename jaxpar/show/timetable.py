@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Colour = tuple[float, float, float]
 
-_COLOURS = {"F": "#7fa9dd", "B": "#8cc98a", "I": "#7fd0cf", "W": "#b5d36b", "U": "#b9b9b9"}
+_COLOURS = {"F": "#739fe2", "B": "#86c985", "I": "#5ac9bd", "W": "#c3da58", "U": "#b9b9b9"}
 _MEANING = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward", "U": "update"}
 _EDGE, _MEMORY = "#404040", "#d0c3da"
 
@@ -162,12 +162,12 @@ def _shade(colour: str, chunk: int, chunks: int) -> Colour:
     red, green, blue = to_rgb(colour)
     if chunks == 1:
         return red, green, blue
-    share = chunk / (chunks - 1)  # 0 is dark, 1 is half-way to white
+    share = chunk / (chunks - 1)  # 0 is dark, 1 is pale
     return _between(red, share), _between(green, share), _between(blue, share)
 
 
 def _between(channel: float, share: float) -> float:
-    return (1 - share) * 0.62 * channel + share * (channel + 1) / 2
+    return (1 - share) * 0.62 * channel + share * (channel + 0.38 * (1 - channel))
 
 
 def _is_dark(colour: Colour) -> bool:

@@ -19,6 +19,7 @@ from jaxpar.schedule import (
     gpipe,
     one_f_one_b,
     simulate,
+    zb_h1,
 )
 
 from .strategies import dags, exchanges, microbatches
@@ -29,7 +30,10 @@ seconds = st.floats(0, 10)
 @st.composite
 def simulated(draw):
     dag = draw(dags())
-    timetable = one_f_one_b(dag, draw(microbatches), exchange=draw(exchanges), extra=draw(st.integers(0, 2)))
+    options = {"exchange": draw(exchanges)}
+    split = dag.has_backward and draw(st.booleans())
+    make, options = (zb_h1, options) if split else (one_f_one_b, options | {"extra": draw(st.integers(0, 2))})
+    timetable = make(dag, draw(microbatches), **options)
     forward, backward = (tuple(draw(seconds) for _ in range(dag.num_stages)) for _ in range(2))
     edges = st.dictionaries(st.sampled_from(sorted({*dag.forward, *dag.backward, (0, 0)})), seconds)
     by_edge = draw(edges.map(lambda d: {edge: x for edge, x in d.items() if edge != (0, 0)}))
@@ -58,7 +62,8 @@ def test_invariants(case):
 def test_no_action_starts_before_its_inputs_are_there_or_its_rank_is_free(case, mode):
     timetable, costs = case
     dag, run = timetable.dag, simulate(timetable, costs, mode=mode)
-    for kind, edges in (("F", dag.forward), ("B", dag.backward)):
+    backward = "I" if Action("I", 0, 0) in run.start else "B"
+    for kind, edges in (("F", dag.forward), (backward, dag.backward)):
         for src, dst in edges:
             for m in range(timetable.num_microbatches):
                 arrives = run.end[Action(kind, src, m)] + costs.transfer_of(dag, src, dst)

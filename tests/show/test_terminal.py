@@ -33,3 +33,14 @@ def test_colours_by_default_on_a_terminal_only(monkeypatch, terminal, no_colour,
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setenv("NO_COLOR", no_colour)
     assert ("\x1b" in render_timetable(TIMETABLE, width=80)) == expected
+
+
+def test_memory_stands_under_each_rank():
+    text = render_timetable(one_f_one_b(StageDag.chain(2), 3), width=60, memory=True)
+    assert text.splitlines()[2:7] == [
+        "  tick |   0   1   2   3   4   5   6   7 8   9",
+        "rank 0 | 0F0 0F1 0F2  .   .  0B0  .  0B1 . 0B2",
+        "  held |   1   2   3   3   3   3   2   2 1   1",
+        "rank 1 |  .   .  1F0 1B0 1F1 1B1 1F2 1B2 .  .",
+        "  held |   0   0   1   1   1   1   1   1 0   0",
+    ]
