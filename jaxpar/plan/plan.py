@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -55,11 +56,19 @@ class Plan:
 
     @property
     def costs(self) -> StageCosts:
+        """Seconds and bytes of each stage and edge; without links, so transfers are free."""
+        sent: Counter[tuple[int, int]] = Counter()
+        for b in self.graph.bundles:
+            if b.travels:
+                sent[b.source[1], b.stage] += sum(v.bytes_at(self.microbatch) for v in b.values)
         parts = [s.input_backward_seconds for s in self.summaries if s.input_backward_seconds is not None]
         return StageCosts(
             forward=tuple(s.forward_seconds for s in self.summaries),
             backward=tuple(s.backward_seconds for s in self.summaries),
             input_backward=tuple(parts) if parts else None,
+            residual_bytes=tuple(s.residual_bytes for s in self.summaries),
+            weight_residual_bytes=tuple(s.weight_residual_bytes for s in self.summaries) if parts else None,
+            sent_bytes=sent,
         )
 
     def split_backwards(self) -> Plan:
