@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxpar.errors import ScheduleError
-from jaxpar.schedule.dag import StageDag
+from jaxpar.schedule.dag import Placement, StageDag
 from jaxpar.schedule.dualpipe_v import dualpipe_v
 from jaxpar.schedule.eager_1f1b import eager_1f1b
 from jaxpar.schedule.forward_only import forward_only
@@ -37,6 +37,15 @@ SCHEDULES: dict[str, Schedule] = {
     "v_half": v_half,
     "v_min": v_min,
     "dualpipe_v": dualpipe_v,
+}
+
+PLACEMENTS: dict[str, Placement] = {  # those made for several stages on each rank, and how the stages are laid out
+    "interleaved_1f1b": "round_robin",
+    "looped_bfs": "round_robin",
+    "zb_v": "v",
+    "v_half": "v",
+    "v_min": "v",
+    "dualpipe_v": "v",
 }
 
 
