@@ -3,6 +3,7 @@
 from jaxpar.schedule.action import Action as Action
 from jaxpar.schedule.costs import Link as Link
 from jaxpar.schedule.costs import StageCosts as StageCosts
+from jaxpar.schedule.dag import Placement as Placement
 from jaxpar.schedule.dag import StageDag as StageDag
 from jaxpar.schedule.dag import place_stages as place_stages
 from jaxpar.schedule.dualpipe_v import dualpipe_v as dualpipe_v
@@ -14,6 +15,7 @@ from jaxpar.schedule.interleaved_1f1b import interleaved_1f1b as interleaved_1f1
 from jaxpar.schedule.kfkb import kfkb as kfkb
 from jaxpar.schedule.looped_bfs import looped_bfs as looped_bfs
 from jaxpar.schedule.one_f_one_b import one_f_one_b as one_f_one_b
+from jaxpar.schedule.registry import PLACEMENTS as PLACEMENTS
 from jaxpar.schedule.registry import SCHEDULES as SCHEDULES
 from jaxpar.schedule.registry import default_layout as default_layout
 from jaxpar.schedule.registry import make_timetable as make_timetable

@@ -2,14 +2,14 @@
 
 What `_dump_csv` and `_load_csv` of `torch.distributed.pipelining.schedules` write and read, in their form of compute
 actions only. Its cells are written as ours are. A pair that PyTorch overlaps, `(0F1;1B0)OVERLAP_F_B`, is here its
-actions one after the other. Cells that say when values travel or weights are gathered (`0SEND_F1`, `0UNSHARD`) are
-refused: the executor decides that itself.
+actions one after the other. Older tables write `B` for `I`: a B beside a W of its own is read as an I. Cells that say
+when values travel or weights are gathered (`0SEND_F1`, `0UNSHARD`) are refused: the executor decides that itself.
 """
 
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from jaxpar.errors import ScheduleError
 from jaxpar.schedule.action import Action
@@ -49,7 +49,15 @@ def read_csv(text: str, dag: StageDag) -> list[Row]:
         raise ScheduleError("can't read the action table:\n  " + "\n  ".join(problems))
     if len(rows) != dag.num_ranks:
         raise ScheduleError(f"the action table has {len(rows)} rows, but the stage graph is on {dag.num_ranks} ranks")
-    return rows
+    split = {(action.stage, action.microbatch) for row in rows for action in row if action and action.kind == "W"}
+    return [[_rename(action, split) for action in row] for row in rows]
+
+
+def _rename(action: Action | None, split: Container[tuple[int, int]]) -> Action | None:
+    """A B that is followed by a W of its own is an I."""
+    if action and action.kind == "B" and (action.stage, action.microbatch) in split:
+        return Action("I", action.stage, action.microbatch)
+    return action
 
 
 def _read_row(line: Sequence[str], rank: int, dag: StageDag, problems: list[str]) -> Iterator[Action | None]:

@@ -39,13 +39,13 @@ SCHEDULES: dict[str, Schedule] = {
     "dualpipe_v": dualpipe_v,
 }
 
-_LAYOUTS: dict[str, tuple[int, Placement]] = {
-    "interleaved_1f1b": (2, "round_robin"),
-    "looped_bfs": (2, "round_robin"),
-    "zb_v": (2, "v"),
-    "v_half": (2, "v"),
-    "v_min": (2, "v"),
-    "dualpipe_v": (2, "v"),
+PLACEMENTS: dict[str, Placement] = {  # those made for several stages on each rank, and how the stages are laid out
+    "interleaved_1f1b": "round_robin",
+    "looped_bfs": "round_robin",
+    "zb_v": "v",
+    "v_half": "v",
+    "v_min": "v",
+    "dualpipe_v": "v",
 }
 
 
@@ -55,7 +55,8 @@ def default_layout(schedule: object) -> tuple[int, Placement]:
     >>> default_layout("zb_v"), default_layout("1f1b")
     ((2, 'v'), (1, 'round_robin'))
     """
-    return _LAYOUTS.get(schedule, (1, "round_robin")) if isinstance(schedule, str) else (1, "round_robin")
+    several = isinstance(schedule, str) and schedule in PLACEMENTS
+    return (2, PLACEMENTS[schedule]) if several else (1, "round_robin")  # type: ignore[index]
 
 
 def make_timetable(

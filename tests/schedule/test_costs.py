@@ -40,9 +40,6 @@ def test_links_by_pair_of_ranks_are_alike_in_both_directions_unless_given_for_ea
         (lambda: StageCosts((1,), (2,), transfer=-1.0), r"transfer = -1\.0 < 0"),
         (lambda: StageCosts((1, 1), (2,)), "backward is for 1 stages, forward for 2"),
         (lambda: StageCosts((1,), (2,), input_backward=(3,)), r"input_backward\[0\] = 3 is more than .* 2"),
-        (
-            lambda: StageCosts((1,), (2,), residual_bytes=(4,), weight_residual_bytes=(5,)),
-        ),
         (lambda: StageCosts((1,), (2,), weight_residual_bytes=(5,)), "but not residual_bytes"),
         (lambda: StageCosts((1, 1), (2, 2), residual_bytes=(5,)), "residual_bytes is for 1 stages, forward for 2"),
         (lambda: StageCosts((1,), (2,), sent_bytes=-3), "sent_bytes = -3 < 0"),

@@ -4,6 +4,8 @@ At unit costs: F = I = W = 1 for what a rank does with one micro-batch in a stag
 that run freely. On ranks with v stages a unit is 1 / v of a rank's forward. The source of each figure stands beside it.
 """
 
+from itertools import pairwise
+
 import pytest
 
 from jaxpar.schedule import (
@@ -163,7 +165,7 @@ def test_zb_v(p, m):
 )
 @pytest.mark.parametrize(("p", "m"), [(p, m) for p in [*RANKS, 6, 7, 16] for m in (p, 2 * p, 3 * p + 1) if m > 1])
 def test_v_half_and_v_min(schedule, peak, bubble, p, m):
-    """https://arxiv.org/abs/2405.15362 and https://huggingface.co/spaces/sail/pipeline-parallelism-with-controllable-memory.
+    """https://arxiv.org/abs/2405.15362; https://huggingface.co/spaces/sail/pipeline-parallelism-with-controllable-memory
 
     Peaks are in micro-batches, of which a stage holds a half. The bubble rate is about 1/2 and 2/3 of 1F1B's p / m; a
     micro-batch takes a rank 6 units here.
@@ -194,7 +196,7 @@ def test_dualpipe_v(ranks, m, f, i, w, _pair):
 @pytest.mark.parametrize(("f", "i", "w", "pair"), PAIR_COSTS)
 @pytest.mark.parametrize(("ranks", "m"), SPANS)
 def test_dualpipe_v_with_pairs_as_one_action(ranks, m, f, i, w, pair):
-    """https://github.com/deepseek-ai/DualPipe: a bubble of (pp / 2 - 1)(F&B + B - 3 W) with pp stages on pp / 2 ranks."""
+    """https://github.com/deepseek-ai/DualPipe: a bubble of (pp / 2 - 1)(F&B + B - 3 W), pp stages on pp / 2 ranks."""
     makespan, busy = run_pairs(dualpipe_v(vee(ranks), m), {"F": f, "B": i + w, "I": i, "W": w}, pair)
     assert makespan - min(busy) == pytest.approx((ranks - 1) * (pair + i + w - 3 * w))
 
@@ -256,7 +258,7 @@ def towers(a: int, b: int) -> StageDag:
     """Two towers of a stages each, which join in a trunk of b stages; a rank for each stage."""
     first, second, trunk = range(a), range(a, 2 * a), range(2 * a, 2 * a + b)
     ways = [[*first, *trunk], [*second, *trunk]]
-    forward = tuple(sorted({edge for way in ways for edge in zip(way, way[1:], strict=False)}))
+    forward = tuple(sorted({edge for way in ways for edge in pairwise(way)}))
     return StageDag(2 * a + b, forward, tuple((y, x) for x, y in forward), tuple(range(2 * a + b)), 2 * a + b)
 
 
