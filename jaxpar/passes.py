@@ -117,8 +117,7 @@ def run_passes(
         owners=_owners(arguments, layouts) if layouts is not None else None,
     )
     timetable = make_timetable(options.schedule, plan.graph.dag, options.num_microbatches, **options.schedule_options)
-    if timetable.is_split:
-        plan = plan.split_backwards()
+    plan = plan.with_backwards(timetable.is_split)
     if layouts is None:
         layouts = _lay_out(arguments, plan, specs, mesh, axes)
     staged = _jax.copies_rings(platform)

@@ -71,10 +71,12 @@ class Plan:
             sent_bytes=sent,
         )
 
-    def split_backwards(self) -> Plan:
-        """The same stages with each backward cut into I and W."""
+    def with_backwards(self, split: bool) -> Plan:
+        """The same stages with each backward cut into I and W, or whole."""
+        if split == self.graph.is_split or not self.graph.has_backward:
+            return self
         rank_of, num_ranks = self.graph.rank_of, self.graph.num_ranks
-        graph = route_values(self.flow, self.forward_stage, rank_of, num_ranks, self.microbatch, split=True)
+        graph = route_values(self.flow, self.forward_stage, rank_of, num_ranks, self.microbatch, split)
         assert graph.dag == self.graph.dag
         stages = range(graph.num_stages)
         summaries = tuple(_summarise(graph, self.homes, s, self.microbatch, self.device) for s in stages)

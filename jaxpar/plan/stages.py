@@ -177,12 +177,9 @@ class _Routing:
             self.members[node].add(eqn)
         programs: dict[Node, StageProgram] = {}
         for s in range(self.num_stages) if self.flow.backward else ():
-            if self.back == "I":
-                self._move_weights(s)
-                programs["W", s] = self._close(("W", s))
-            programs[self.back, s] = self._close((self.back, s))
+            programs.update(self._close_backward(s))
         for s in reversed(range(self.num_stages)):
-            programs["F", s] = self._close(("F", s))
+            programs["F", s] = self._close(("F", s), *self._open(("F", s)))
         whole = {s: self._join(programs["I", s], programs["W", s]) for kind, s in programs if kind == "I"}
         return dict(reversed(programs.items())), whole
 
@@ -225,13 +222,30 @@ class _Routing:
 
     # -- one node --------------------------------------------------------------------------------------------------
 
-    def _close(self, node: Node) -> StageProgram:
-        members = self.members[node]
+    def _close_backward(self, stage: int) -> dict[Node, StageProgram]:
+        if self.back == "I":
+            self._move_weights(stage)
+        nodes = [("W", stage), ("I", stage)] if self.back == "I" else [("B", stage)]
+        opened = {}
+        for node in nodes:
+            opened[node] = self._open(node)
+            for v in opened[node][1]:
+                if self._source(v) != ("F", stage):
+                    self._request(v, node)  # W's, before I is closed
+        kept: set[Var] = set()
+        for node in reversed(nodes):  # what I keeps is at hand for W
+            kept |= self._recompute_cheap(node, *opened[node], kept)
+        return {node: self._close(node, *opened[node]) for node in nodes}
+
+    def _open(self, node: Node) -> tuple[set[Eqn], set[Var]]:
+        """What a node computes and reads, by what is asked of it."""
+        wanted = set(self.exports[node])
+        wanted.update(v for found in (self.partials, self.outputs) for v, home in found.items() if home == node)
+        return self._needed(wanted, self.members[node], node)
+
+    def _close(self, node: Node, eqns: set[Eqn], reads: set[Var]) -> StageProgram:
         partials = [v for v, home in self.partials.items() if home == node]
         outputs = [v for v, home in self.outputs.items() if home == node]
-        eqns, reads = self._needed({*self.exports[node], *partials, *outputs}, members, node)
-        if node[0] != "F":
-            self._recompute_cheap(node, eqns, reads)
         for v in sorted(reads, key=self._rank):
             self._request(v, node)
         ordered = tuple(sorted(eqns, key=self.order.__getitem__))
@@ -293,8 +307,11 @@ class _Routing:
             self.order[alias] = self.order[producer]
         return self.aliases[v]
 
-    def _recompute_cheap(self, node: Node, eqns: set[Eqn], reads: set[Var]) -> None:
-        """Keep fewer bytes of the forward by repeating element-wise equations in the backward."""
+    def _recompute_cheap(self, node: Node, eqns: set[Eqn], reads: set[Var], at_hand: set[Var]) -> set[Var]:
+        """Keep fewer bytes of the forward by repeating element-wise equations in the backward.
+
+        Returns: what is kept; values that are kept anyway, `at_hand`, cost nothing.
+        """
         stage = node[1]
 
         def producer_of(v: Var) -> Eqn | None:
@@ -307,13 +324,15 @@ class _Routing:
 
         wanted = sorted((v for v in reads if self._source(v) == ("F", stage)), key=self._rank)
         if not wanted:
-            return
-        kept, repeated = choose_residuals(wanted, producer_of, is_stored_value, lambda v: v.bytes_at(self.microbatch))
+            return set()
+        size = lambda v: 0 if v in at_hand else v.bytes_at(self.microbatch)
+        kept, repeated = choose_residuals(wanted, producer_of, is_stored_value, size)
         reads.difference_update(wanted)
         reads.update(kept)
         for eqn in repeated:
             more, _ = self._needed({*eqn.outputs}, {eqn}, node)
             eqns.update(more)
+        return kept
 
     def _request(self, v: Var, node: Node) -> None:
         """Let `v` reach `node`: as a residual, on a forward edge, or with the backward of the stage that made it."""

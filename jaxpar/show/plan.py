@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from jaxpar.errors import ScheduleError
 from jaxpar.lower import Machine, MemoryEstimate, estimate_memory
 from jaxpar.plan import Plan
-from jaxpar.schedule import Timetable, compare_lockstep, make_timetable, simulate
+from jaxpar.schedule import SCHEDULES, Lockstep, StageCosts, Timetable, compare_lockstep, make_timetable
 from jaxpar.text import format_bytes, format_table
 from jaxpar.trace import Program
 
@@ -32,31 +35,41 @@ def explain_step(program: Program, plan: Plan, timetable: Timetable, machine: Ma
 
 
 def _explain_schedule(plan: Plan, timetable: Timetable) -> str:
-    costs = plan.costs
-    lockstep = compare_lockstep(timetable, costs)
+    costs = {split: plan.with_backwards(split).costs for split in (False, True)}
+    lockstep = compare_lockstep(timetable, costs[timetable.is_split])
     head = (
         f"Schedule: {timetable.name}, {timetable.num_microbatches} micro-batches, {timetable.num_ticks} ticks, "
         f"exchange {timetable.exchange}. Predicted bubble {lockstep.executor.bubble_fraction:.1%} in the executor's "
         f"lockstep, {lockstep.free.bubble_fraction:.1%} if ranks ran freely (lockstep costs a factor of "
         f"{lockstep.ratio:.3f})."
     )
-    rows = [("schedule", "makespan", "bubble", "most in flight per rank")]
-    for name, options in (("1f1b", {}), ("1f1b", {"extra": 0}), ("gpipe", {})):
-        if not timetable.dag.has_backward:
-            break
-        other = make_timetable(name, timetable.dag, timetable.num_microbatches, **options)
-        result = simulate(other, costs)
-        label = name + (" extra=0" if options else "")
-        peak = " ".join(map(str, result.peak_in_flight_on_rank))
+    return head + (_compare_schedules(timetable, lockstep, costs) if timetable.dag.has_backward else "")
+
+
+def _compare_schedules(timetable: Timetable, used: Lockstep, costs: Mapping[bool, StageCosts]) -> str:
+    """The other schedules for this stage graph; `costs` of whole backwards, and of split ones."""
+    rows = [("schedule", "makespan", "free-running", "bubble", "residuals", "most in flight per rank")]
+    others = []
+    for name, options in [("1f1b", {"extra": 0}), *((name, {}) for name in SCHEDULES)]:
+        try:
+            other = make_timetable(name, timetable.dag, timetable.num_microbatches, **options)
+        except ScheduleError:
+            others.append(name)  # made for another layout of stages
+            continue
+        both = compare_lockstep(other, costs[other.is_split])
         rows.append(
-            (label, f"{result.makespan / lockstep.executor.makespan:.3f}", f"{result.bubble_fraction:.1%}", peak)
+            (
+                name + (" extra=0" if options else ""),
+                f"{both.executor.makespan / used.executor.makespan:.3f}",
+                f"{both.free.makespan / used.executor.makespan:.3f}",
+                f"{both.executor.bubble_fraction:.1%}",
+                format_bytes(int(max(both.executor.peak_bytes_on_rank))),
+                " ".join(map(str, other.peak_in_flight_on_rank)),
+            )
         )
-    table = (
-        "\nOf this step's stages, makespan relative to the schedule in use:\n" + format_table(rows)
-        if len(rows) > 1
-        else ""
-    )
-    return head + table
+    elsewhere = f"\nFor other layouts of stages on ranks: {', '.join(others)}." if others else ""
+    title = "\nOf this step's stages, makespan relative to the schedule in use:\n"
+    return title + format_table(rows) + elsewhere
 
 
 def _explain_memory(memory: MemoryEstimate, machine: Machine) -> str:
