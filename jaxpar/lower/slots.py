@@ -94,60 +94,98 @@ def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Resid
 
     Shapes for which that would waste memory, because few ranks have them, share a flat ring.
     """
-    dag = timetable.dag
     local = [b for b in graph.bundles if not graph.changes_rank(b)]
-    slots = {b: _local_slots(b, timetable) for b in local}
-    depth = {b: max(slots[b]) + 1 for b in local}
-    local.sort(key=lambda b: -depth[b])  # long rings meet long rings
-    need: list[dict[Item, list[int]]] = [defaultdict(list) for _ in range(dag.num_ranks)]
-    for b in local:
-        for v in b.values:
-            need[dag.rank_of[b.stage]][item_of(v, n)].append(depth[b])
+    lives = {
+        b: [(tick_of(timetable, b.source, m), last_read(timetable, b, m)) for m in range(timetable.num_microbatches)]
+        for b in local
+    }
+    units = [u for rank in range(graph.num_ranks) for u in _make_units(graph, rank, local, lives, n)]
+    units.sort(key=lambda u: -u.depth)  # long rings meet long rings
+    need: list[dict[Item, list[int]]] = [defaultdict(list) for _ in range(graph.num_ranks)]
+    for u in units:
+        for item, count in u.counts.items():
+            need[u.rank][item] += [u.depth] * count
     rows = _choose_rings(need)
     rings = [Item((k, *item.shape), item.dtype) for item, lengths in rows.items() for k in lengths]
-    ring_index = {
-        key: i for i, key in enumerate((item, k) for item, lengths in rows.items() for k in range(len(lengths)))
-    }
+    keys = [(item, k) for item, lengths in rows.items() for k in range(len(lengths))]
+    ring_index = {key: i for i, key in enumerate(keys)}
     heaps = {i.dtype.name: i.dtype for c in need for i in c if i not in rows}
     flat_index = {name: len(rings) + k for k, name in enumerate(sorted(heaps))}
-    filled = [dict.fromkeys(heaps, 0) for _ in range(dag.num_ranks)]
-    seen: list[Counter[Item]] = [Counter() for _ in range(dag.num_ranks)]
+    filled = [dict.fromkeys(heaps, 0) for _ in range(graph.num_ranks)]
+    used: list[Counter[Item]] = [Counter() for _ in range(graph.num_ranks)]
     places, columns = {}, {}
-    for b in local:
-        rank = dag.rank_of[b.stage]
-        strides: dict[str, int] = {}  # elements of each flat ring that a micro-batch takes; one column each
-        found = []
-        for v in b.values:
-            item = item_of(v, n)
-            kind = _ROW if item in rows else item.dtype.name
-            offset = strides.setdefault(kind, 0)
-            column = list(strides).index(kind)
-            if kind == _ROW:
-                found.append(RingPlace(ring_index[item, seen[rank][item]], column, item.shape))
-                seen[rank][item] += 1
-            else:
-                found.append(RingPlace(flat_index[kind], column, item.shape, offset))
-                strides[kind] += item.elements
-        places[b] = tuple(found)
-        for m, slot in enumerate(slots[b]):
-            columns[b, m] = tuple(
-                slot if kind == _ROW else filled[rank][kind] + slot * stride for kind, stride in strides.items()
-            )
-        for kind, stride in strides.items():
-            if kind != _ROW:
-                filled[rank][kind] += stride * depth[b]
+    for u in units:
+        strides = {
+            name: sum(i.elements * k for i, k in u.counts.items() if i not in rows and i.dtype.name == name)
+            for name in heaps
+        }
+        for b in u.slots:
+            kinds: dict[str, int] = {}  # elements of each flat ring that the bundle takes so far; one column each
+            seen: Counter[Item] = Counter()
+            found = []
+            for v in b.values:
+                item = item_of(v, n)
+                kind = _ROW if item in rows else item.dtype.name
+                offset = kinds.setdefault(kind, 0)
+                column = list(kinds).index(kind)
+                if kind == _ROW:
+                    found.append(RingPlace(ring_index[item, used[u.rank][item] + seen[item]], column, item.shape))
+                    seen[item] += 1
+                else:
+                    found.append(RingPlace(flat_index[kind], column, item.shape, offset))
+                    kinds[kind] += item.elements
+            places[b] = tuple(found)
+            for m, slot in enumerate(u.slots[b]):
+                columns[b, m] = tuple(
+                    slot if kind == _ROW else filled[u.rank][kind] + slot * strides[kind] for kind in kinds
+                )
+        used[u.rank].update({item: count for item, count in u.counts.items() if item in rows})
+        for name, stride in strides.items():
+            filled[u.rank][name] += stride * u.depth
     # One element to spare: a value that fills its ring replaces it, and XLA:CPU then copies it in all other branches.
     rings += [Item((max(f[name] for f in filled) + 1,), heaps[name]) for name in flat_index]
-    used = tuple(sum(i.bytes * sum(depths) for i, depths in c.items()) for c in need)
-    return Residuals(tuple(rings), places, columns, used)
+    used_bytes = tuple(sum(i.bytes * sum(depths) for i, depths in c.items()) for c in need)
+    return Residuals(tuple(rings), places, columns, used_bytes)
 
 
-def _local_slots(bundle: Bundle, timetable: Timetable) -> list[int]:
-    ticks = [
-        (tick_of(timetable, bundle.source, m), last_read(timetable, bundle, m))
-        for m in range(timetable.num_microbatches)
-    ]
-    return colour_intervals(ticks)
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """Bundles of one rank that take turns in the same rings: those of its stages that live alike, or one alone."""
+
+    rank: int
+    counts: Counter[Item]  # the most values of each shape that one of them has
+    slots: Mapping[Bundle, list[int]]  # by micro-batch
+
+    @property
+    def depth(self) -> int:
+        return max(max(slots) for slots in self.slots.values()) + 1
+
+    @property
+    def bytes(self) -> int:
+        return self.depth * sum(i.bytes * k for i, k in self.counts.items())
+
+
+def _make_units(
+    graph: StageGraph, rank: int, local: Sequence[Bundle], lives: Mapping[Bundle, list[tuple[int, int]]], n: int
+) -> list[_Unit]:
+    """Stages of a rank share rings where that takes less than rings of their own: their peaks come at other times."""
+    groups: dict[tuple[str, str], list[Bundle]] = defaultdict(list)
+    for b in local:
+        if graph.rank_of[b.stage] == rank:
+            groups[b.source[0], b.last_reader[0]].append(b)
+    units = []
+    for bundles in groups.values():
+        together, apart = _make_unit(rank, bundles, lives, n), [_make_unit(rank, [b], lives, n) for b in bundles]
+        units += [together] if together.bytes < sum(u.bytes for u in apart) else apart
+    return units
+
+
+def _make_unit(rank: int, bundles: Sequence[Bundle], lives: Mapping[Bundle, list[tuple[int, int]]], n: int) -> _Unit:
+    counts: Counter[Item] = Counter()
+    for b in bundles:
+        counts |= Counter(item_of(v, n) for v in b.values)
+    slots = iter(colour_intervals([life for b in bundles for life in lives[b]]))
+    return _Unit(rank, counts, {b: [next(slots) for _ in lives[b]] for b in bundles})
 
 
 def tick_of(timetable: Timetable, node: Node, microbatch: int) -> int:
