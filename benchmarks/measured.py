@@ -58,8 +58,8 @@ class Row:
     microbatches: int
     samples: int  # per micro-batch
     layers: int  # per rank
-    residual_bytes: float  # of a layer and micro-batch, from the forward
-    weight_residual_bytes: float  # of those, what the weight gradient needs
+    residual_bytes: int  # of a layer and micro-batch, from the forward
+    weight_residual_bytes: int  # of those, what the weight gradient needs
     forward: float
     input_backward: float
     weight_backward: float
@@ -111,7 +111,7 @@ def _read_row(line: dict[str, str]) -> Row:
         microbatches=int(line["m"]),
         samples=int(line["mbs"]),
         layers=(int(line["layers"]) + 2) // ranks,
-        residual_bytes=tokens * hidden * (34 + 5 * heads * seq / hidden),
+        residual_bytes=tokens * (34 * hidden + 5 * heads * seq),
         weight_residual_bytes=tokens * hidden * 32,
         forward=float(line["TF_ms"]) / 1e3,
         input_backward=float(line["TB_ms"]) / 1e3,
@@ -131,14 +131,14 @@ def textbook_seconds(row: Row) -> float:
 
 def make_costs(row: Row, num_stages: int) -> StageCosts:
     """The row's times and sizes for each of `num_stages` equal stages."""
-    each, size = row.ranks / num_stages, row.layers * row.ranks / num_stages
+    each, layers = row.ranks / num_stages, row.layers * row.ranks // num_stages
     return StageCosts(
         forward=(row.forward * each,) * num_stages,
         backward=((row.input_backward + row.weight_backward) * each,) * num_stages,
         input_backward=(row.input_backward * each,) * num_stages,
         transfer=row.transfer,
-        residual_bytes=(row.residual_bytes * size,) * num_stages,
-        weight_residual_bytes=(row.weight_residual_bytes * size,) * num_stages,
+        residual_bytes=(row.residual_bytes * layers,) * num_stages,
+        weight_residual_bytes=(row.weight_residual_bytes * layers,) * num_stages,
     )
 
 
