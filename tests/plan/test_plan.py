@@ -12,7 +12,7 @@ def test_costs_have_the_bytes_of_residuals_and_of_each_edge():
     case = small_case("towers")
     mesh = jax.make_mesh((4,), ("stage",), devices=jax.devices()[:4])
     plan = jaxpar.parallelize(case.step, mesh=mesh, num_microbatches=4).plan(case.state, case.batch, *case.extra)
-    costs, dag = plan.costs, plan.graph.dag(4)
+    costs, dag = plan.costs, plan.graph.dag
     costs.check_for(dag)
     assert costs.residual_bytes == tuple(summary.residual_bytes for summary in plan.summaries)
     assert all(costs.sent_bytes[edge] > 0 for edge in dag.forward + dag.backward)
