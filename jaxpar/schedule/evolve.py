@@ -53,18 +53,22 @@ class Evolution:
 
 
 def list_first_rules(problem: SearchProblem) -> Rules:
-    """Every combination of the literature's limits, orders and times of W."""
+    """The literature's limits, orders and times of W, each with several ways to lay actions on ticks."""
     dag, most = problem.dag, problem.num_microbatches
     depth = np.array(dag.depth)
-    extras = sorted({0, 1, 2, 3, int(depth.max()) // 2, int(depth.max())})
-    limits = [*(depth + extra for extra in extras), 2 * depth - 1, 3 * depth, np.full(len(depth), most)]
-    rows = [
-        Rules.of(1, len(depth), limit=np.clip(limit, 1, most), score=_by_depth(score, depth), **entries)
-        for limit in limits
-        for entries in _list_ways(problem)
-        for score in ((_FORWARD_LAST, _FORWARD_FIRST) if limit is limits[-1] else (_FORWARD_LAST,))
+    few = [depth, depth + int(depth.max()) // 2, 2 * depth - 1, np.full(len(depth), most)]
+    more = [depth + extra for extra in sorted({1, 2, 3, int(depth.max())})] + [3 * depth]
+    rows = []
+    for limit in few + more:
+        for way in _list_ways_of_weights(problem):
+            for ticks in _list_ways_of_ticks(problem) if any(limit is x for x in few) else ({},):
+                rows.append(
+                    {"limit": np.clip(limit, 1, most), "score": _by_depth(_FORWARD_LAST, depth), **way, **ticks}
+                )
+    rows += [
+        {"limit": most, "score": _by_depth(_FORWARD_FIRST, depth), **way} for way in _list_ways_of_weights(problem)
     ]
-    return Rules.join(*rows)
+    return Rules.join(*(Rules.of(1, len(depth), **row) for row in rows))
 
 
 def _by_depth(score: tuple[float, ...], depth: np.ndarray) -> np.ndarray:
@@ -72,19 +76,42 @@ def _by_depth(score: tuple[float, ...], depth: np.ndarray) -> np.ndarray:
     return np.array(score)[:, None] - 1e-3 * depth
 
 
-def _list_ways(problem: SearchProblem) -> Iterator[dict[str, ArrayLike]]:
-    """When W is done, and in which ticks F and B may be: any, or in turn, all ranks alike or neighbours crosswise."""
-    dag, most = problem.dag, problem.num_microbatches
-    ways: list[dict[str, ArrayLike]] = [{"whole": True}]
-    if problem.split_backward and dag.has_backward:
-        ways += [{"most_pending": most}, {"most_pending": np.clip(dag.depth, 1, most)}, {"most_pending": 2}]
-        ways += [{"most_pending": most, "fill": False}]
+def _list_ways_of_weights(problem: SearchProblem) -> list[dict[str, ArrayLike]]:
+    """When W is done: with I, when there is nothing else, when a stage's depth of them wait, ..."""
+    most = problem.num_microbatches
+    if not (problem.split_backward and problem.dag.has_backward):
+        return [{"whole": True}]
+    by_depth = np.clip(problem.dag.depth, 1, most)
+    pending: list[dict[str, ArrayLike]] = [{"most_pending": m} for m in (most, by_depth, 2)]
+    return [{"whole": True}, *pending, {"most_pending": most, "fill": False}]
+
+
+def _list_ways_of_ticks(problem: SearchProblem) -> Iterator[dict[str, ArrayLike]]:
+    """Any tick; F and B in turn; a slot each for F and B that moves on by two from stage to stage; pauses after B."""
+    dag = problem.dag
+    yield {}
+    if not dag.has_backward:
+        return
     level = max(dag.depth) - np.array(dag.depth)
-    alike, crosswise = np.zeros_like(level), level % 2
-    for way in ways:
-        yield way
-        for first in (alike, crosswise) if dag.has_backward else ():
-            yield {**way, "period": 2, "slot": np.stack([first, 1 - first, np.full_like(first, -1)])}
+    for first in (0 * level, level % 2):
+        yield {"period": 2, "slots": _space(2, 1, np.stack([first, 1 - first]))}
+    for period, in_period in ((3, 1), (10, 3), (7, 2), (11, 3), (4, 1)):
+        for turn in (1, 2, 3):  # ticks from the last stage's F to its B
+            start = np.stack([2 * level, 4 * level.max() + turn - 2 * level])
+            yield {"period": period, "slots": _space(period, in_period, start)}
+    for pause in (1, 2):
+        yield {"pause": np.array([0, pause, 0])[:, None]}
+    seconds = np.array([problem.seconds["F"], problem.seconds["B"], problem.seconds["W"]])
+    for unit in (seconds.mean() / 2, seconds.mean() / 3):
+        if unit > 0:
+            yield {"pause": np.clip(np.round(seconds / unit) - 1, 0, 8).astype(int)}
+
+
+def _space(period: int, in_period: int, start: np.ndarray) -> np.ndarray:
+    """Slots for F and B, [2, S], spread evenly over the period from a start each; and any for W."""
+    ticks = -(-np.arange(in_period) * period // in_period)
+    slots = (1 << (start[..., None] + ticks) % period).sum(-1)
+    return np.concatenate([slots, np.full_like(slots[:1], -1)])
 
 
 def vary_rules(rules: Rules, others: Rules, problem: SearchProblem, rng: np.random.Generator) -> None:
@@ -92,7 +119,7 @@ def vary_rules(rules: Rules, others: Rules, problem: SearchProblem, rng: np.rand
     count, stages = rules.limit.shape
     most = problem.num_microbatches
     where = _choose_stages(count, stages, rng)  # [K, S]: one stage, a stretch of stages, or all
-    change = rng.integers(0, 8, count)
+    change = rng.integers(0, 9, count)
     step = rng.integers(1, 3, (count, 1)) * rng.choice([-1, 1], (count, 1))
 
     def rows(*which: int) -> np.ndarray:
@@ -106,13 +133,15 @@ def vary_rules(rules: Rules, others: Rules, problem: SearchProblem, rng: np.rand
     for name in ("limit", "most_pending"):
         entry, other = getattr(rules, name), getattr(others, name)
         entry[:] = np.where(rows(6), other, entry)
+    kind = rng.integers(0, 3, count)[:, None, None] == np.arange(3)[:, None]
+    longer = np.where(kind & rows(8)[:, None, :], np.sign(step)[:, None], 0)
+    rules.pause[:] = np.clip(rules.pause + longer, 0, 8)
     odd = change == 7
     which = rng.integers(0, 3, count)
     rules.fill[odd & (which == 0)] ^= True
     rules.age[odd & (which == 1)] = rng.choice([0.0, 0.01, 0.1, 1.0])
-    slot = rng.integers(-1, np.maximum(rules.period, 2)[:, None, None], rules.slot.shape)
-    rules.slot[:] = np.where((odd & (which == 2))[:, None, None] & where[:, None, :], slot, rules.slot)
-    rules.period[odd & (which == 2)] = rng.choice([2, 2, 3])
+    flipped = rules.slots ^ (1 << rng.integers(0, rules.period)[:, None, None])
+    rules.slots[:] = np.where((odd & (which == 2))[:, None, None] & kind & where[:, None, :], flipped, rules.slots)
 
 
 def _choose_stages(count: int, stages: int, rng: np.random.Generator) -> np.ndarray:

@@ -47,12 +47,15 @@ class LocalSearch:
         self.path: list[tuple[int, int]] = []
         self.path_age = 0
 
-    def run(self, enough: float, going: Callable[[], bool], tries: int) -> None:
-        """Try `tries` changes, hot at first and cold in the end, until `best` is `enough` or `going()` is false."""
+    def run(self, enough: float, going: Callable[[], bool], tries: int, *, heat: float) -> None:
+        """Try `tries` changes, until `best` is `enough` or `going()` is false.
+
+        A change for the worse is taken now and then, by `heat` mean actions at first and by none in the end.
+        """
         for turn in range(tries):
             if self.best <= enough or (turn % 64 == 0 and not going()):
                 break
-            self._try(0.25 * self.unit * (1 - turn / tries) ** 2)
+            self._try(heat * self.unit * (1 - turn / tries) ** 2)
 
     # -- reading and writing ---------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 The engine of `jaxpar.schedule.greedy`, with rows of NumPy arrays for timetables: in each tick each rank does the ready
 action of the highest score, and the executor's time is kept along with it. As there, it never gets stuck: a rank keeps
-room for one micro-batch in each of its stages that holds none, so the lowest unfinished micro-batch can go on.
+room for one micro-batch in each of its stages, so the lowest whose backward is not done can go on, if need be after
+some W.
 """
 
 from dataclasses import dataclass, fields
@@ -26,8 +27,9 @@ class Rules:
       whole: [K, S], whether the backward is done as B.
       most_pending: [K, S], as many I without their W make W go first.
       fill: [K], whether W is done whenever nothing else is ready, or only if it is urgent or blocks the stage.
-      period: [K], ticks after which `slot` comes round.
-      slot: [K, 3, S], the tick of the period in which that kind may be done; -1 for any.
+      period: [K], ticks after which `slots` come round, at most 60.
+      slots: [K, 3, S], the ticks of the period in which that kind may be done: bit t for tick t; -1 for all.
+      pause: [K, 3, S], idle ticks after an action. They take no time, but neighbours of a long action go on meanwhile.
     """
 
     limit: np.ndarray
@@ -37,7 +39,8 @@ class Rules:
     most_pending: np.ndarray
     fill: np.ndarray
     period: np.ndarray
-    slot: np.ndarray
+    slots: np.ndarray
+    pause: np.ndarray
 
     def __len__(self) -> int:
         return len(self.limit)
@@ -53,9 +56,10 @@ class Rules:
             "most_pending": (num_stages,),
             "fill": (),
             "period": (),
-            "slot": (_KINDS, num_stages),
+            "slots": (_KINDS, num_stages),
+            "pause": (_KINDS, num_stages),
         }
-        plain = {"age": 0.0, "whole": False, "most_pending": 1, "fill": True, "period": 1, "slot": -1}
+        plain = {"age": 0.0, "whole": False, "most_pending": 1, "fill": True, "period": 1, "slots": -1, "pause": 0}
         given = {**plain, **entries}
         return Rules(
             **{name: np.array(np.broadcast_to(given[name], (count, *shape))) for name, shape in shapes.items()}
@@ -116,8 +120,10 @@ class _Filling:
         self.makespan = np.zeros(count)
         self.alive = np.ones(count, bool)
         self.idle = np.zeros(count, int)  # ticks in which a row has done nothing
+        self.wakes = np.zeros((count, ranks), int)  # the tick from which each rank may act again
         self.left = np.tile(np.array(problem.work), (count, 1))
         self.rank_of = np.array(dag.rank_of)
+        self.longest_pause = rules.pause.max(initial=0)
         self.rows = np.arange(count)[:, None]
         widest = max(map(len, problem.stages_on))
         self.places = _pad(problem.stages_on, widest, stages)  # [R, C], the stages of each rank
@@ -140,9 +146,14 @@ class _Filling:
         offered = self.score[:, :, self.places]  # [K, 3, R, C]
         offered = offered.transpose(0, 2, 1, 3).reshape(len(offered), len(self.places), -1)
         chosen = offered.argmax(-1)
-        acts = (np.take_along_axis(offered, chosen[..., None], -1)[..., 0] > -np.inf) & self.alive[:, None]
+        acts = (
+            (np.take_along_axis(offered, chosen[..., None], -1)[..., 0] > -np.inf)
+            & self.alive[:, None]
+            & (self.wakes <= tick)
+        )
         kind, place = np.divmod(chosen, self.places.shape[1])
         stage = np.where(acts, self.places[np.arange(len(self.places)), place], 0)
+        self.wakes = np.where(acts, tick + 1 + self.rules.pause[self.rows, kind, stage], self.wakes)
         seconds = np.where(acts, self.seconds[self.rows, kind, stage], 0.0)
         before, end = (self.forward, self.backward), start + seconds
         self._count(kind, stage, acts)
@@ -151,7 +162,9 @@ class _Filling:
         self.left -= seconds
         self.makespan = np.maximum(self.makespan, np.where(acts, end, 0.0).max(1))
         self.idle = np.where(acts.any(1), 0, self.idle + 1)
-        stuck = self.idle > self.rules.period + 2  # slots can ask for ticks that never come together
+        stuck = (
+            self.idle > self.rules.period + self.longest_pause + 2
+        )  # slots can ask for ticks that never come together
         late = self.alive & (stuck | ((end + self.left).max(1) >= self.cutoff))
         self.makespan[late] = np.inf
         last = self.weight if self.problem.dag.has_backward else self.forward
@@ -166,7 +179,7 @@ class _Filling:
     def _score_ready(self, tick: int) -> None:
         """Write the scores of what can be done now, and minus infinity elsewhere."""
         rules, forward, backward, weight = self.rules, self.forward, self.backward, self.weight
-        open_slot = (rules.slot < 0) | (rules.slot == (tick % rules.period)[:, None, None])
+        open_slot = (rules.slots >> (tick % rules.period)[:, None, None] & 1).astype(bool)
         has_room = self._has_room()
         may_forward = has_room & (forward < self._come(0)) & open_slot[:, 0]
         may_backward = (backward < np.minimum(self._come(1), forward)) & open_slot[:, 1]
@@ -200,10 +213,13 @@ class _Filling:
         memory = self.problem.memory
         if memory is not None:
             held, kept = np.array(memory.held), np.array(memory.kept)
-            taken = (self.forward - self.backward) * held + (self.backward - self.weight) * kept
-            taken = (taken + (in_flight == 0) * held) @ self.home.T  # [K, R], with room kept for the empty stages
-            free = np.array(memory.per_rank) * (1 + 1e-9) - taken
-            room &= (in_flight == 0) | (held <= free[:, self.rank_of])
+            most = np.array(memory.per_rank) * (1 + 1e-9)
+            before_backward, before_weight = self.forward - self.backward, self.backward - self.weight
+            taken = before_backward * held + before_weight * kept
+            room &= (taken @ self.home.T)[:, self.rank_of] + held <= most[self.rank_of]
+            reserved = np.maximum(before_backward, 1) * held  # were all W done, one of each stage could still come
+            more = (before_backward > 0) * held
+            room &= (reserved @ self.home.T)[:, self.rank_of] + more <= most[self.rank_of]
         return room
 
     def _count(self, kind: np.ndarray, stage: np.ndarray, acts: np.ndarray) -> None:

@@ -35,8 +35,8 @@ from jaxpar.schedule.timetable import Timetable
 from jaxpar.schedule.validate import validate_timetable
 
 _VERSION = 1  # of the algorithm, for the cache
-_TRIES = 10_000  # changes of one round of annealing
-_STALE = 4  # rounds of annealing without a better timetable, after which there is no more to hope for
+_LONG_RUNS = 3  # of annealing, after a short one for each start
+_HEATS = (0.25, 1.0)  # by turns; of the mean time of an action
 _remembered: dict[str, "SearchResult"] = {}
 _log = logging.getLogger(__name__)
 
@@ -82,12 +82,12 @@ def find_timetable(
     if not seconds > 0:
         raise ScheduleError(f"a search needs some seconds, got seconds={seconds}")
     key = make_key(problem, seconds=seconds, seed=seed, version=_VERSION, schedules=sorted(SCHEDULES))
-    if cache is not False and key in _remembered:
-        return _remembered[key]
     directory = None if cache is False else find_directory(cache)
-    run = _Run(problem, seconds, seed, _report_to_terminal if progress is None else progress or None)
+    result = None if cache is False else _remembered.get(key)
     kept = read_timetable(directory, key, problem) if directory else None
-    result = run.search() if kept is None else run.describe(kept)
+    if result is None:
+        run = _Run(problem, seconds, seed, _report_to_terminal if progress is None else progress or None)
+        result = run.search() if kept is None else run.describe(kept)
     if directory and kept is None:
         write_timetable(directory, key, result.timetable)
     if cache is not False:
@@ -145,20 +145,16 @@ class _Run:
         return [number_microbatches(self.problem, run.steps, exchange) for exchange, run in runs.items()]
 
     def _anneal(self, starts: list[Timetable]) -> None:
-        """Anneal each start, then the best of them over and over."""
+        """Anneal each start for a while, then the best of them for longer."""
         tries = self._plan_tries()
-        stale = 0
-        for turn in range(len(starts) + tries // _TRIES):
-            if self.makespan <= self.enough or stale == _STALE or not self._going():
+        for seed, start in enumerate([*starts, *[None] * _LONG_RUNS]):
+            if self.makespan <= self.enough or not self._going():
                 break
-            start = starts[turn] if turn < len(starts) else self.best
-            assert start is not None
-            before = self.makespan
-            local = LocalSearch(self.problem, start, seed=1000 * self.seed + turn)
-            local.run(self.enough, self._going, _TRIES)
+            begin = start or self.best
+            assert begin is not None
+            local = LocalSearch(self.problem, begin, seed=1000 * self.seed + seed)
+            local.run(self.enough, self._going, tries // (8 if start else 4), heat=_HEATS[seed % len(_HEATS)])
             self._offer_steps(local)
-            if turn >= len(starts):
-                stale = 0 if self.makespan < before else stale + 1
 
     def _plan_generations(self) -> int:
         """As many as take about a fifth of the time; measured on one core of 2020."""
