@@ -3,14 +3,17 @@
 Costs, shapes and parameters are left out on purpose: a timetable depends on none of them.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 from jaxpar.errors import ScheduleError
 
 Edge = tuple[int, int]
+Placement = Literal["round_robin", "v"]
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,32 @@ class StageDag:
             )
 
     @classmethod
-    def chain(cls, num_stages: int, *, has_backward: bool = True) -> "StageDag":
-        """The plain pipeline `0 -> 1 -> ... -> n-1`, one stage a rank.
+    def chain(
+        cls,
+        num_stages: int,
+        *,
+        num_ranks: int | None = None,
+        placement: Placement = "round_robin",
+        has_backward: bool = True,
+    ) -> "StageDag":
+        """The plain pipeline `0 -> 1 -> ... -> n-1`, one stage a rank or several.
+
+        Args:
+          num_stages: S.
+          num_ranks: R; S by default.
+          placement: how stages go to ranks, see `place_stages`.
+          has_backward: false for a forward-only step.
 
         >>> StageDag.chain(3).depth
         (3, 2, 1)
+        >>> StageDag.chain(4, num_ranks=2, placement="v").rank_of
+        (0, 1, 1, 0)
         """
+        num_ranks = num_stages if num_ranks is None else num_ranks
         forward = tuple((s, s + 1) for s in range(num_stages - 1))
         backward = tuple((s + 1, s) for s in reversed(range(num_stages - 1))) if has_backward else ()
-        return cls(num_stages, forward, backward, tuple(range(num_stages)), num_stages, has_backward)
+        rank_of = place_stages(num_stages, num_ranks, placement)
+        return cls(num_stages, forward, backward, rank_of, num_ranks, has_backward)
 
     @cached_property
     def forward_sources(self) -> tuple[tuple[int, ...], ...]:
@@ -82,10 +102,20 @@ class StageDag:
         return _sources(self.num_stages, self.backward)
 
     @cached_property
+    def forward_order(self) -> tuple[int, ...]:
+        """The stages, each after those that feed its forward; the lowest first where there is a choice."""
+        return tuple(_topological_order(self.num_stages, self.forward))
+
+    @cached_property
+    def backward_order(self) -> tuple[int, ...]:
+        """The stages, each after those that feed its backward; the lowest first where there is a choice."""
+        return tuple(_topological_order(self.num_stages, self.backward))
+
+    @cached_property
     def depth(self) -> tuple[int, ...]:
         """For each stage, the stages on the longest forward path from it to a sink, itself included; a sink has 1."""
         depth = [1] * self.num_stages
-        for stage in reversed(list(_topological_order(self.num_stages, self.forward))):
+        for stage in reversed(self.forward_order):
             for source in self.forward_sources[stage]:
                 depth[source] = max(depth[source], depth[stage] + 1)
         return tuple(depth)
@@ -114,6 +144,30 @@ class StageDag:
             joined[a].add(b)
             joined[b].add(a)
         return tuple(tuple(sorted(others - {rank})) for rank, others in enumerate(joined))
+
+
+def place_stages(num_stages: int, num_ranks: int, placement: Placement) -> tuple[int, ...]:
+    """The rank of each stage: in rounds, or down the ranks and up again.
+
+    With s the stage and R the number of ranks:
+
+        round_robin    rank = s % R
+        v              rank = x if x < R else 2 R - 1 - x, where x = s % (2 R)
+
+    Raises:
+      ScheduleError: there is no rank, or no such placement.
+
+    >>> place_stages(6, 3, "round_robin"), place_stages(6, 3, "v")
+    ((0, 1, 2, 0, 1, 2), (0, 1, 2, 2, 1, 0))
+    """
+    if num_ranks < 1:
+        raise ScheduleError(f"stages need at least one rank, got {num_ranks}")
+    if placement not in get_args(Placement):
+        raise ScheduleError(f"no placement {placement!r}; known: {', '.join(get_args(Placement))}")
+    if placement == "round_robin":
+        return tuple(s % num_ranks for s in range(num_stages))
+    rounds = (s % (2 * num_ranks) for s in range(num_stages))
+    return tuple(min(x, 2 * num_ranks - 1 - x) for x in rounds)
 
 
 def _find_problems(dag: StageDag) -> Iterator[str]:
@@ -145,16 +199,16 @@ def _sources(num_stages: int, edges: Sequence[Edge]) -> tuple[tuple[int, ...], .
 
 
 def _topological_order(num_stages: int, edges: Sequence[Edge]) -> Iterator[int]:
-    """Stages after all their sources (Kahn); those on or behind a cycle never come."""
+    """Stages after all their sources (Kahn), the lowest first; those on or behind a cycle never come."""
     waits_for = [len(sources) for sources in _sources(num_stages, edges)]
     feeds = _sources(num_stages, [(dst, src) for src, dst in edges])
     ready = [s for s in range(num_stages) if not waits_for[s]]
     while ready:
-        yield (stage := ready.pop())
+        yield (stage := heapq.heappop(ready))
         for target in feeds[stage]:
             waits_for[target] -= 1
             if not waits_for[target]:
-                ready.append(target)
+                heapq.heappush(ready, target)
 
 
 def _find_cycle(num_stages: int, edges: Sequence[Edge]) -> list[int]:

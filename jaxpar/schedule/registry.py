@@ -5,16 +5,48 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxpar.errors import ScheduleError
-from jaxpar.schedule.dag import StageDag
+from jaxpar.schedule.dag import Placement, StageDag
+from jaxpar.schedule.dualpipe_v import dualpipe_v
+from jaxpar.schedule.eager_1f1b import eager_1f1b
 from jaxpar.schedule.forward_only import forward_only
 from jaxpar.schedule.gpipe import gpipe
+from jaxpar.schedule.interleaved_1f1b import interleaved_1f1b
+from jaxpar.schedule.kfkb import kfkb
+from jaxpar.schedule.looped_bfs import looped_bfs
 from jaxpar.schedule.one_f_one_b import one_f_one_b
 from jaxpar.schedule.timetable import Timetable
+from jaxpar.schedule.v_half import v_half
+from jaxpar.schedule.v_min import v_min
 from jaxpar.schedule.validate import validate_timetable
+from jaxpar.schedule.zb_h1 import zb_h1
+from jaxpar.schedule.zb_h2 import zb_h2
+from jaxpar.schedule.zb_v import zb_v
 
 Schedule = Callable[..., Timetable]  # (dag, num_microbatches, **options) -> Timetable
 
-SCHEDULES: dict[str, Schedule] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+SCHEDULES: dict[str, Schedule] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "eager_1f1b": eager_1f1b,
+    "kfkb": kfkb,
+    "interleaved_1f1b": interleaved_1f1b,
+    "looped_bfs": looped_bfs,
+    "zb_h1": zb_h1,
+    "zb_h2": zb_h2,
+    "zb_v": zb_v,
+    "v_half": v_half,
+    "v_min": v_min,
+    "dualpipe_v": dualpipe_v,
+}
+
+PLACEMENTS: dict[str, Placement] = {  # those made for several stages on each rank, and how the stages are laid out
+    "interleaved_1f1b": "round_robin",
+    "looped_bfs": "round_robin",
+    "zb_v": "v",
+    "v_half": "v",
+    "v_min": "v",
+    "dualpipe_v": "v",
+}
 
 
 def make_timetable(
@@ -23,9 +55,9 @@ def make_timetable(
     """Make the timetable of a step and validate it.
 
     Args:
-      schedule: a name ("gpipe", "1f1b"); a callable `(dag, num_microbatches, **options) -> Timetable`; or a timetable,
-        which must be for this graph and M. With a name, a forward-only graph gets the `forward_only` schedule, and
-        options that are only about backwards are then without effect.
+      schedule: a name, one of `SCHEDULES`; a callable `(dag, num_microbatches, **options) -> Timetable`; or a
+        timetable, which must be for this graph and M. With a name, a forward-only graph gets the `forward_only`
+        schedule, and options that are only about backwards are then without effect.
       dag: the stage graph.
       num_microbatches: M.
       **options: of the schedule, such as `exchange` or `extra`.

@@ -3,10 +3,14 @@
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 
 from jaxpar.errors import ScheduleError
 from jaxpar.schedule.action import Action
+from jaxpar.schedule.csv_table import read_csv, write_csv
 from jaxpar.schedule.dag import StageDag
+from jaxpar.schedule.orders import Orders
+from jaxpar.schedule.retime import keeps_lags, place_orders
 from jaxpar.schedule.text import Grid, format_grid, parse_grid
 
 _HEADER = re.compile(r"(?P<name>.*\S)  microbatches=(?P<microbatches>\d+) exchange=(?P<exchange>\d+)")
@@ -60,6 +64,31 @@ class Timetable:
                 raise ScheduleError(
                     f"timetable {self.name!r}: tick {tick} has {len(cells)} cells for {self.dag.num_ranks} ranks"
                 )
+
+    @classmethod
+    def from_orders(
+        cls, name: str, dag: StageDag, num_microbatches: int, orders: Orders, *, exchange: int = 2
+    ) -> "Timetable":
+        """Each rank does its actions in the given order, each as early as can be.
+
+        Args:
+          name: what people call it; one line.
+          dag: the stage graph.
+          num_microbatches: M.
+          orders: for each rank, its actions in order.
+          exchange: ticks that a value takes to another rank, 1 or 2.
+
+        Raises:
+          ScheduleError: the orders wait for each other for ever, and where.
+
+        >>> orders = [[Action("F", 0, 0), Action("B", 0, 0)], [Action("F", 1, 0), Action("B", 1, 0)]]
+        >>> print(Timetable.from_orders("by hand", StageDag.chain(2), 1, orders))
+        by hand  microbatches=1 exchange=2
+        rank 0 | 0F0 . .  .  . 0B0
+        rank 1 |  .  . 1F0 1B0 . .
+        """
+        grid = place_orders(dag, orders, exchange=exchange, name=name)
+        return cls(name, dag, num_microbatches, grid, exchange)
 
     @property
     def num_ticks(self) -> int:
@@ -151,6 +180,49 @@ class Timetable:
             )
         grid = parse_grid(rows, dag.num_ranks)
         return cls(match["name"], dag, int(match["microbatches"]), grid, int(match["exchange"]))
+
+    @classmethod
+    def from_csv(cls, text: str, *, dag: StageDag, name: str = "csv", exchange: int = 2) -> "Timetable":
+        """Read an action table as PyTorch's pipelining writes it, or as `to_csv` does.
+
+        Columns are taken for ticks if each action then comes when what it needs is there. If not, since PyTorch's rows
+        are orders and leave transfers no time, idle ticks are put in: each rank keeps its order and does each action as
+        early as can be. A pair that PyTorch overlaps, `(0F1;1B0)OVERLAP_F_B`, is its actions in that order.
+
+        Args:
+          text: one line for each of the ranks 0 ... R-1; M is one more than the highest micro-batch.
+          dag: the stage graph that the table is about.
+          name: the timetable's name.
+          exchange: ticks that a value takes to another rank, 1 or 2.
+
+        Raises:
+          ScheduleError: a cell can't be read, with its row and column; or the orders wait for each other for ever.
+
+        >>> print(Timetable.from_csv("0F0,0B0\\n1F0,1B0", dag=StageDag.chain(2), exchange=1))
+        csv  microbatches=1 exchange=1
+        rank 0 | 0F0  .   .  0B0
+        rank 1 |  .  1F0 1B0  .
+        """
+        rows = read_csv(text, dag)
+        actions = [action for row in rows for action in row if action is not None]
+        if not actions:
+            raise ScheduleError("the action table has no actions")
+        num_microbatches = 1 + max(action.microbatch for action in actions)
+        columns = tuple(zip_longest(*rows))
+        if keeps_lags(dag, columns, exchange=exchange):
+            return cls(name, dag, num_microbatches, columns, exchange)
+        orders = [[action for action in row if action is not None] for row in rows]
+        return cls.from_orders(name, dag, num_microbatches, orders, exchange=exchange)
+
+    def to_csv(self) -> str:
+        """One line a rank, one cell a tick, as PyTorch's pipelining writes its action tables.
+
+        >>> from jaxpar.schedule import one_f_one_b
+        >>> print(one_f_one_b(StageDag.chain(2), 2, exchange=1).to_csv(), end="")
+        0F0,0F1,,0B0,,0B1
+        ,1F0,1B0,1F1,1B1,
+        """
+        return write_csv(self.grid, self.dag.num_ranks)
 
     @cached_property
     def _ticks(self) -> dict[Action, int]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxpar.errors import ScheduleError
 from jaxpar.schedule.action import Action
+from jaxpar.schedule.needs import find_needs
 from jaxpar.schedule.text import format_grid
 from jaxpar.schedule.timetable import Timetable
 
@@ -118,19 +119,10 @@ def _find_early(timetable: Timetable, known: dict[Action, Cell]) -> Iterator[Fai
 
 def _needs(timetable: Timetable, action: Action, known: dict[Action, Cell]) -> Iterator[tuple[Action, int]]:
     """The actions of `known` that `action` waits for, and the ticks from each to the first in which it may be done."""
-    dag, stage, m = timetable.dag, action.stage, action.microbatch
-    needs: list[tuple[Action, int]] = []
-    if action.kind == "F":
-        needs = [(Action("F", p, m), timetable.lag(p, stage)) for p in dag.forward_sources[stage]]
-    elif action.kind in "BI":
-        needs = [(Action("F", stage, m), 1)]
-        for p in dag.backward_sources[stage]:
-            needs += [(made, timetable.lag(p, stage)) for made in (Action("B", p, m), Action("I", p, m))]
-    elif action.kind == "W":
-        needs = [(Action("I", stage, m), 1)]
-    elif action.kind == "U":
-        needs = [(other, 1) for other in known if other.stage == stage and other != action]
-    return ((need, lag) for need, lag in needs if need in known)
+    needs = find_needs(timetable.dag, action, known)
+    if action.kind == "U":
+        needs = (other for other in known if other.stage == action.stage and other != action)
+    return ((need, timetable.lag(need.stage, action.stage)) for need in needs)
 
 
 def _find_crowded(timetable: Timetable, max_in_flight: Sequence[int] | None) -> Iterator[Failure]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 
 from jaxpar.errors import ScheduleError
-from jaxpar.schedule import StageDag
+from jaxpar.schedule import StageDag, place_stages
 
 from .strategies import dags
 
@@ -15,6 +15,37 @@ def test_chain():
     assert set(dag.backward) == {(3, 2), (2, 1), (1, 0)}
     assert dag.depth == (4, 3, 2, 1)
     assert [dag.neighbours(rank) for rank in range(4)] == [(1,), (0, 2), (1, 3), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "placement", "rank_of"),
+    [
+        (None, "round_robin", (0, 1, 2, 3, 4, 5)),
+        (3, "round_robin", (0, 1, 2, 0, 1, 2)),
+        (4, "round_robin", (0, 1, 2, 3, 0, 1)),
+        (3, "v", (0, 1, 2, 2, 1, 0)),
+        (2, "v", (0, 1, 1, 0, 0, 1)),
+        (1, "v", (0,) * 6),
+    ],
+)
+def test_chain_with_several_stages_on_a_rank(num_ranks, placement, rank_of):
+    dag = StageDag.chain(6, num_ranks=num_ranks, placement=placement)
+    assert dag.rank_of == rank_of == place_stages(6, dag.num_ranks, placement)
+    assert (dag.forward, dag.backward) == (StageDag.chain(6).forward, StageDag.chain(6).backward)
+
+
+def test_placement_errors():
+    with pytest.raises(ScheduleError, match="no placement 'w'; known: round_robin, v"):
+        StageDag.chain(4, num_ranks=2, placement="w")
+    with pytest.raises(ScheduleError, match="at least one rank, got 0"):
+        StageDag.chain(4, num_ranks=0)
+
+
+@given(dags())
+def test_orders_of_the_stages_follow_the_edges(dag):
+    for order, edges in ((dag.forward_order, dag.forward), (dag.backward_order, dag.backward)):
+        assert sorted(order) == list(range(dag.num_stages))
+        assert all(order.index(src) < order.index(dst) for src, dst in edges)
 
 
 def test_depth_is_the_longest_path_not_the_number_of_stages():

@@ -50,6 +50,42 @@ def test_limits_too_low_are_named():
         fill_greedily(StageDag.chain(2), 4, limit=(3,))
 
 
+@given(dags(has_backward=True), microbatches, exchanges, st.data())
+def test_split_backwards_keep_both_limits(dag, num_microbatches, exchange, data):
+    limit, hold = ([data.draw(st.integers(1, 5)) for _ in range(dag.num_stages)] for _ in range(2))
+    timetable = fill_greedily(dag, num_microbatches, limit=limit, hold=hold, exchange=exchange)
+    validate_timetable(timetable, max_in_flight=hold)
+    for stage in range(dag.num_stages):
+        kinds = [a.kind for a in timetable.order(dag.rank_of[stage]) if a.stage == stage]
+        ahead = [kinds[:i].count("F") - kinds[:i].count("I") for i in range(len(kinds))]
+        assert max(ahead) <= limit[stage]
+
+
+def test_a_w_makes_way_for_a_forward_that_it_alone_stops():
+    """ZB-H1's order. Were I's taken first, rank 0 would do 0I1 before 0F2, and the last rank would wait for it."""
+    assert str(fill_greedily(StageDag.chain(2), 4, limit=(2, 1), hold=(2, 2), exchange=1)).splitlines()[1:] == [
+        "rank 0 | 0F0 0F1  .  0I0 0W0 0F2 0I1 0W1 0F3 0I2 0W2 0I3 0W3",
+        "rank 1 |  .  1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1F3 1I3 1W2 1W3",
+    ]
+
+
+def test_groups_that_differ():
+    """Stage 1 waits for its group of two before its first backward, so stage 0 must hold two before its own."""
+    assert str(fill_greedily(StageDag.chain(2), 4, limit=(3, 2), group=(1, 2), exchange=1)).splitlines()[1:] == [
+        "rank 0 | 0F0 0F1 0F2  .  0B0 0B1 0F3  .   .  0B2 0B3",
+        "rank 1 |  .  1F0 1F1 1B0 1B1 1F2  .  1F3 1B2 1B3  .",
+    ]
+
+
+def test_groups_without_room_for_those_downstream():
+    with pytest.raises(ScheduleError, match=r"limits \(1, 2\) are too low to finish in groups of \(1, 2\)"):
+        fill_greedily(StageDag.chain(2), 4, limit=(1, 2), group=(1, 2))
+    with pytest.raises(ScheduleError, match=r"\(stage 1: 1\): a stage must hold a group; give at least 2"):
+        fill_greedily(StageDag.chain(2), 4, limit=(4, 1), group=(1, 2))
+    with pytest.raises(ScheduleError, match="a group has at least one micro-batch, got stage 1: 0"):
+        fill_greedily(StageDag.chain(2), 4, group=(1, 0))
+
+
 @pytest.mark.parametrize("num_microbatches", [0, -1])
 def test_no_micro_batches(num_microbatches):
     with pytest.raises(ScheduleError, match="at least one micro-batch"):
