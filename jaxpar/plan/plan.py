@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,9 +51,16 @@ class Plan:
 
     @property
     def costs(self) -> StageCosts:
+        """Seconds and bytes of each stage and edge; without links, so transfers are free."""
+        sent: Counter[tuple[int, int]] = Counter()
+        for b in self.graph.bundles:
+            if b.travels:
+                sent[b.source[1], b.stage] += sum(v.bytes_at(self.microbatch) for v in b.values)
         return StageCosts(
             forward=tuple(s.forward_seconds for s in self.summaries),
             backward=tuple(s.backward_seconds for s in self.summaries),
+            residual_bytes=tuple(s.residual_bytes for s in self.summaries),
+            sent_bytes=sent,
         )
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
 """Timetables: which rank does what in which tick. Pure Python and NumPy, no JAX."""
 
 from jaxpar.schedule.action import Action as Action
+from jaxpar.schedule.costs import Link as Link
 from jaxpar.schedule.costs import StageCosts as StageCosts
 from jaxpar.schedule.dag import Placement as Placement
 from jaxpar.schedule.dag import StageDag as StageDag
@@ -17,10 +18,10 @@ from jaxpar.schedule.one_f_one_b import one_f_one_b as one_f_one_b
 from jaxpar.schedule.registry import PLACEMENTS as PLACEMENTS
 from jaxpar.schedule.registry import SCHEDULES as SCHEDULES
 from jaxpar.schedule.registry import make_timetable as make_timetable
-from jaxpar.schedule.simulate import Lockstep as Lockstep
-from jaxpar.schedule.simulate import Simulation as Simulation
 from jaxpar.schedule.simulate import compare_lockstep as compare_lockstep
 from jaxpar.schedule.simulate import simulate as simulate
+from jaxpar.schedule.simulation import Lockstep as Lockstep
+from jaxpar.schedule.simulation import Simulation as Simulation
 from jaxpar.schedule.timetable import Timetable as Timetable
 from jaxpar.schedule.v_half import v_half as v_half
 from jaxpar.schedule.v_min import v_min as v_min

@@ -4,75 +4,46 @@ The lockstep of the executor is what a scan over ticks costs. It is simulated ex
 will run, and beside it the free-running pipeline of the literature, so that the price of lockstep is seen.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 from jaxpar.errors import ScheduleError
 from jaxpar.schedule.action import Action
 from jaxpar.schedule.costs import StageCosts
+from jaxpar.schedule.dag import StageDag
+from jaxpar.schedule.simulation import Lockstep, Simulation
 from jaxpar.schedule.timetable import Timetable
 
-Mode = Literal["executor", "free"]
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """When each action of a timetable starts and ends.
-
-    `makespan`, `start`, `end`, `busy` and `idle` are in the unit of the costs.
-
-    Args:
-      timetable: what was simulated.
-      mode: "executor" or "free".
-      start: when each action starts.
-      end: when it ends.
-      makespan: the last end.
-      busy: for each rank, the time spent in actions.
-    """
-
-    timetable: Timetable = field(repr=False)
-    mode: Mode
-    start: Mapping[Action, float] = field(repr=False)
-    end: Mapping[Action, float] = field(repr=False)
-    makespan: float
-    busy: tuple[float, ...]
-
-    @property
-    def idle(self) -> tuple[float, ...]:
-        """For each rank, the time not spent in actions."""
-        return tuple(self.makespan - busy for busy in self.busy)
-
-    @property
-    def bubble_fraction(self) -> float:
-        """The idle share of all ranks' time: `1 - sum(busy) / (R * makespan)`; 0 if nothing takes time."""
-        total = len(self.busy) * self.makespan
-        return 1 - sum(self.busy) / total if total else 0.0
-
-    @property
-    def peak_in_flight_on_rank(self) -> tuple[int, ...]:
-        """For each rank, the most micro-batches in flight; its order of actions decides it, not their times."""
-        return self.timetable.peak_in_flight_on_rank
+Mode = Literal["executor", "free", "blocking"]
 
 
 def simulate(timetable: Timetable, costs: StageCosts, *, mode: Mode = "executor") -> Simulation:
     """Give each action its start and end.
 
-    With `d = exchange`, `q` the neighbours of rank `r`, and the transfer that of the slowest edge from `q` to `r`:
+    A value sent from rank `q` to rank `r` keeps others off their link for `occupancy` seconds, and is there `latency`
+    later. With costs that give `transfer`, the occupancy is 0 and the latency that of the edge; with those that give a
+    `link`, they are the message's bytes over its bandwidth and its latency. Values of one rank for another go in the
+    order in which they are made. With `d = exchange` and `q` the neighbours of rank `r`:
 
-        executor   start[r, t] = max(end[r, t-1], max_q end[q, t-d] + transfer[q, r])      idle ticks too
+        executor   start[r, t] = max(end[r, t-1], max_q sent[q, r, t-d] + latency[q, r])         idle ticks too
                    end[r, t]   = start[r, t] + cost of the action in (t, r), 0 when idle
-        free       start[a]    = max(end of the action before it on its rank, end[p] + transfer[p, a] for each input p)
-                   end[a]      = start[a] + cost of a
+                   sent[q, r, t] = max(end[q, t], sent[q, r, t-1]) + occupancy[q, r]             of all edges q to r
+
+        free       start[a] = max(end of the action before it on its rank, sent[e] + latency[e] for each input e)
+                   end[a]   = start[a] + cost of a
+                   sent[e]  = max(end[a], sent of the message before it on its link) + occupancy[e], for each output e
+
+        blocking   as free, but a rank does nothing else until what it sends has arrived, one message after the other;
+                   what it receives meanwhile comes at the same time
 
     The executor exchanges with all neighbours after each tick, whether or not they have a value to give. So the free
-    time is never more than the executor's.
+    time is never more than the executor's. "free" is a pipeline whose transfers overlap with work; "blocking" is one
+    that waits for its sends before it goes on, as PyTorch programs often do.
 
     Args:
       timetable: a valid one.
-      costs: seconds per micro-batch.
-      mode: "executor" or "free".
+      costs: seconds and bytes per micro-batch.
+      mode: "executor", "free" or "blocking".
 
     Raises:
       ScheduleError: the costs are for another stage graph, or the mode is unknown.
@@ -82,94 +53,117 @@ def simulate(timetable: Timetable, costs: StageCosts, *, mode: Mode = "executor"
     >>> [simulate(timetable, StageCosts.uniform(4), mode=mode).makespan for mode in ("executor", "free")]
     [68.0, 57.0]
     """
-    if mode not in get_args(Mode):
-        raise ScheduleError(f"no simulation mode {mode!r}; known: {', '.join(get_args(Mode))}")
+    if mode not in _RUNS:
+        raise ScheduleError(f"no simulation mode {mode!r}; known: {', '.join(_RUNS)}")
     costs.check_for(timetable.dag)
-    start = dict(_run_in_lockstep(timetable, costs) if mode == "executor" else _run_freely(timetable, costs))
+    start = dict(_RUNS[mode](timetable, costs))
     end = {action: begin + costs.of(action) for action, begin in start.items()}
-    busy = tuple(
-        float(sum(costs.of(action) for action in timetable.order(rank))) for rank in range(timetable.dag.num_ranks)
-    )
-    return Simulation(timetable, mode, start, end, max(end.values(), default=0.0), busy)
+    return Simulation(timetable, mode, start, end, costs)
 
 
 def _run_in_lockstep(timetable: Timetable, costs: StageCosts) -> Iterator[tuple[Action, float]]:
     ranks = range(timetable.dag.num_ranks)
-    arrivals = _rank_transfers(timetable, costs)
-    waves = [[-math.inf] * len(ranks)] * timetable.exchange  # waves[-d][r] = end[r, t-d]; before tick 0 nothing is sent
+    exchanges = _find_exchanges(timetable.dag, costs)
+    sent = dict.fromkeys(exchanges, 0.0)
+    ends = [0.0 for _ in ranks]
+    waves = [
+        ends
+    ] * timetable.exchange  # waves[-d][r]: when all of tick t-d is on rank r; before tick 0 nothing is sent
     for cells in timetable.grid:
-        last, sent = waves[-1], waves[-timetable.exchange]
-        wave = [max([0.0, last[r], *(sent[q] + delay for q, delay in arrivals[r])]) for r in ranks]
+        ends = [max(ends[r], waves[0][r]) for r in ranks]
         for rank, action in enumerate(cells):
             if action is not None:
-                yield action, wave[rank]
-                wave[rank] += costs.of(action)
-        waves = [*waves[1:], wave]
+                yield action, ends[rank]
+                ends[rank] += costs.of(action)
+        arrived = [0.0 for _ in ranks]
+        for (q, r), (occupancy, latency) in exchanges.items():
+            sent[q, r] = max(ends[q], sent[q, r]) + occupancy
+            arrived[r] = max(arrived[r], sent[q, r] + latency)
+        waves = [*waves[1:], arrived]
 
 
-def _rank_transfers(timetable: Timetable, costs: StageCosts) -> list[list[tuple[int, float]]]:
-    """For each rank, its neighbours and the seconds until a value from there is here."""
-    dag = timetable.dag
-    slowest = [dict.fromkeys(dag.neighbours(rank), 0.0) for rank in range(dag.num_ranks)]
+def _find_exchanges(dag: StageDag, costs: StageCosts) -> dict[tuple[int, int], tuple[float, float]]:
+    """Occupancy and latency of what each rank gives each neighbour in a tick: that of all their edges."""
+    found = {(q, r): (0.0, 0.0) for r in range(dag.num_ranks) for q in dag.neighbours(r)}
     for src, dst in dag.forward + dag.backward:
-        here, there = dag.rank_of[dst], dag.rank_of[src]
+        here, there = dag.rank_of[src], dag.rank_of[dst]
         if here != there:
-            slowest[here][there] = max(slowest[here][there], costs.transfer_of(dag, src, dst))
-    return [list(delays.items()) for delays in slowest]
+            occupancy, latency = found[here, there]
+            more, another = costs.message(dag, src, dst)
+            found[here, there] = occupancy + more, max(latency, another)
+    return found
 
 
-def _run_freely(timetable: Timetable, costs: StageCosts) -> Iterator[tuple[Action, float]]:
+def _run_freely(timetable: Timetable, costs: StageCosts, *, blocking: bool = False) -> Iterator[tuple[Action, float]]:
     """Ticks are an order in which inputs come before those who need them, and no more than that."""
-    end: dict[Action, float] = {}
-    free_at = [0.0] * timetable.dag.num_ranks
+    mail = _Mail(timetable.dag, costs)
+    link_free_at: dict[tuple[int, int], float] = {}
+    rank_free_at = [0.0] * timetable.dag.num_ranks
     for cells in timetable.grid:
         for rank, action in enumerate(cells):
             if action is not None:
-                begin = max([free_at[rank], *_arrivals(timetable, costs, action, end)])
+                begin = max([rank_free_at[rank], *mail.arrivals_for(action)])
                 yield action, begin
-                end[action] = free_at[rank] = begin + costs.of(action)
+                end = rank_free_at[rank] = begin + costs.of(action)
+                for link, occupancy, latency, arrivals in mail.sent_by(action):
+                    sent = link_free_at[link] = max(end, link_free_at.get(link, 0.0)) + occupancy
+                    arrivals[action.microbatch] = sent + latency
+                    if blocking:
+                        end = rank_free_at[rank] = sent + latency
 
 
-def _arrivals(timetable: Timetable, costs: StageCosts, action: Action, end: Mapping[Action, float]) -> Iterator[float]:
-    """When the values from other stages that `action` needs are there; its own stage's come before it on its rank."""
-    dag, stage, m = timetable.dag, action.stage, action.microbatch
-    if action.kind == "F":
-        for source in dag.forward_sources[stage]:
-            yield end[Action("F", source, m)] + costs.transfer_of(dag, source, stage)
-    elif action.kind in "BI":
-        for source in dag.backward_sources[stage]:
-            whole = Action("B", source, m)
-            made = whole if whole in end else Action("I", source, m)
-            yield end[made] + costs.transfer_of(dag, source, stage)
+def _run_blocking(timetable: Timetable, costs: StageCosts) -> Iterator[tuple[Action, float]]:
+    return _run_freely(timetable, costs, blocking=True)
 
 
-@dataclass(frozen=True)
-class Lockstep:
-    """The two simulations of one timetable; prints side by side."""
+_RUNS: dict[str, Callable[[Timetable, StageCosts], Iterator[tuple[Action, float]]]] = {
+    "executor": _run_in_lockstep,
+    "free": _run_freely,
+    "blocking": _run_blocking,
+}
 
-    executor: Simulation
-    free: Simulation
+_Output = tuple[tuple[int, int], float, float, dict[int, float]]  # link, occupancy, latency, arrival by micro-batch
 
-    @property
-    def ratio(self) -> float:
-        """The executor's makespan over the free-running one, at least 1."""
-        return self.executor.makespan / self.free.makespan if self.free.makespan else 1.0
 
-    def __str__(self) -> str:
-        rows = [("", "makespan", "bubble")]
-        rows += [(s.mode, f"{s.makespan:.4g}", f"{s.bubble_fraction:.1%}") for s in (self.executor, self.free)]
-        rows += [("ratio", f"{self.ratio:.3f}", "")]
-        return "\n".join(f"{a:<8} {b:>10} {c:>8}".rstrip() for a, b, c in rows)
+class _Mail:
+    """Values on their way between ranks. Those of a rank's own stages come before it in its order, and aren't sent."""
+
+    def __init__(self, dag: StageDag, costs: StageCosts):
+        self._outputs: dict[tuple[str, int], list[_Output]] = {}
+        self._inputs: dict[tuple[str, int], list[dict[int, float]]] = {}
+        for kinds, edges in (("F", dag.forward), ("BI", dag.backward)):
+            for src, dst in edges:
+                link = dag.rank_of[src], dag.rank_of[dst]
+                if link[0] == link[1]:
+                    continue
+                arrivals: dict[int, float] = {}
+                for kind in kinds:
+                    self._outputs.setdefault((kind, src), []).append((link, *costs.message(dag, src, dst), arrivals))
+                    self._inputs.setdefault((kind, dst), []).append(arrivals)
+
+    def sent_by(self, action: Action) -> list[_Output]:
+        return self._outputs.get((action.kind, action.stage), [])
+
+    def arrivals_for(self, action: Action) -> list[float]:
+        """When each input from another rank is there."""
+        return [arrivals[action.microbatch] for arrivals in self._inputs.get((action.kind, action.stage), [])]
 
 
 def compare_lockstep(timetable: Timetable, costs: StageCosts) -> Lockstep:
     """What lockstep costs: the executor's makespan beside that of ranks that run freely in the same order.
 
     >>> from jaxpar.schedule import StageDag, one_f_one_b
-    >>> print(compare_lockstep(one_f_one_b(StageDag.chain(4), 16), StageCosts.uniform(4)))
+    >>> costs = StageCosts((1.0,) * 4, (2.0,) * 4, residual_bytes=(2**20,) * 4)
+    >>> print(compare_lockstep(one_f_one_b(StageDag.chain(4), 16), costs))
                makespan   bubble
     executor         59    18.6%
     free             57    15.8%
     ratio         1.035
+    <BLANKLINE>
+    rank  busy  idle  idle (free)  in flight  residuals
+       0    48    11            9          6    6.0 MiB
+       1    48    11            9          5    5.0 MiB
+       2    48    11            9          4    4.0 MiB
+       3    48    11            9          1    1.0 MiB
     """
     return Lockstep(simulate(timetable, costs, mode="executor"), simulate(timetable, costs, mode="free"))

@@ -1,27 +1,32 @@
-"""A timetable as a picture (ranks down, time across) and as text for a terminal."""
+"""A timetable as a picture: ranks down, time across, memory under each rank.
+
+The look is that of the papers: boxes with the micro-batch's number, a colour for each kind of work, and where a rank
+has several stages, dark boxes with white numbers for the first and light ones for the last.
+"""
 
 import os
-import shutil
-import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxpar.schedule.action import KINDS, Action
 from jaxpar.schedule.costs import StageCosts
-from jaxpar.schedule.simulate import Mode, Simulation, simulate
-from jaxpar.schedule.text import format_grid
+from jaxpar.schedule.simulate import Mode, simulate
+from jaxpar.schedule.simulation import Simulation
 from jaxpar.schedule.timetable import Timetable
+from jaxpar.show.terminal import count_ranks
+from jaxpar.text import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"F": "#7fa9dd", "B": "#8cc98a", "I": "#7fd0cf", "W": "#e3cf6d", "U": "#b9b9b9"}
-_MEANING = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward", "U": "update"}
-_EDGE, _MEMORY = "#404040", "#c9b6d6"
+Colour = tuple[float, float, float]
 
-# A rank's row is one unit high: the actions above, the in-flight strip below, a gap. The axis points down.
+_COLOURS = {"F": "#739fe2", "B": "#86c985", "I": "#5ac9bd", "W": "#c3da58", "U": "#b9b9b9"}
+_MEANING = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward", "U": "update"}
+_EDGE, _MEMORY = "#404040", "#d0c3da"
+
+# A rank's row is one unit high: the actions above, the memory strip below, a gap. The axis points down.
 _BOX, _STRIP = (0.0, 0.54), (0.58, 0.3)  # top, height
 
 _FONT, _SMALLEST_FONT = 7.0, 4.0  # points
@@ -31,22 +36,23 @@ _ROW = 0.5  # inches
 
 
 def draw_timetable(
-    timetable: Timetable,
+    drawn: Timetable | Simulation,
     costs: StageCosts | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
     mode: Mode = "executor",
 ) -> "Figure":
-    """Draw each rank's actions over simulated time, coloured by kind and labelled with the micro-batch.
+    """Draw each rank's actions over time, coloured by kind and labelled with the micro-batch.
 
-    Under each rank a thin strip shows its micro-batches in flight (memory), all ranks to one scale, with the peak at
-    the right. A rank's second and later stages are paler. Labels that don't fit their box are left out.
+    Under each rank a thin strip shows the memory of its residuals, all ranks to one scale, with the peak at the right:
+    bytes if the costs give `residual_bytes`, else micro-batches in flight. Where ranks have several stages, the first
+    is dark and the last light. Labels that don't fit their box are left out.
 
     Args:
-      timetable: a valid one.
-      costs: seconds per micro-batch; by default F = 1 and B = 2 for all stages, transfers free.
+      drawn: a valid timetable, which is simulated; or a simulation, which may hold measured times.
+      costs: what to simulate with; by default F = 1 and B = 2 for all stages, transfers free.
       path: where to write it, an SVG or PNG by its suffix; None not to.
-      mode: "executor" for lockstep ticks, "free" for ranks that run freely.
+      mode: how to simulate: "executor" for lockstep ticks, "free" or "blocking" for ranks that run freely.
 
     Returns:
       the `matplotlib.figure.Figure`, made without pyplot.
@@ -63,60 +69,20 @@ def draw_timetable(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("draw_timetable needs matplotlib: pip install 'jaxpar[draw]'") from error
-    simulation = simulate(timetable, costs or StageCosts.uniform(timetable.dag.num_stages), mode=mode)
-    inches, font = _choose_scale(simulation)
-    ranks = timetable.dag.num_ranks
+    in_forwards = isinstance(drawn, Timetable) and costs is None
+    if isinstance(drawn, Timetable):
+        drawn = simulate(drawn, costs or StageCosts.uniform(drawn.dag.num_stages), mode=mode)
+    inches, font = _choose_scale(drawn)
+    ranks = drawn.timetable.dag.num_ranks
     figure = Figure(figsize=(inches + 1.4, _ROW * ranks + 1.1), layout="constrained")
     axes = figure.add_subplot()
     for rank in range(ranks):
-        _draw_actions(axes, simulation, rank)
-        _label_actions(axes, simulation, rank, inches, font)
-        _draw_in_flight(axes, simulation, rank)
-    _dress(axes, simulation, in_forwards=costs is None)
+        _draw_actions(axes, drawn, rank, inches, font)
+    _draw_memory(axes, drawn)
+    _dress(axes, drawn, in_forwards=in_forwards)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
-
-
-def render_timetable(timetable: Timetable, *, width: int | None = None) -> str:
-    """Write a timetable for a terminal: ticks counted across, wrapped to `width`, peaks in flight at the end.
-
-    Args:
-      timetable: any.
-      width: columns of text; those of the terminal by default.
-
-    >>> from jaxpar.schedule import StageDag, one_f_one_b
-    >>> print(render_timetable(one_f_one_b(StageDag.chain(2), 3), width=40))
-    1f1b: 2 ranks, 3 micro-batches, 10 ticks, exchange 2
-    <BLANKLINE>
-      tick |   0   1   2   3   4   5 ...
-    rank 0 | 0F0 0F1 0F2  .   .  0B0 ...
-    rank 1 |  .   .  1F0 1B0 1F1 1B1 ...
-    <BLANKLINE>
-      tick | ...   6   7 8   9
-    rank 0 | ...  .  0B1 . 0B2
-    rank 1 | ... 1F2 1B2 .  .
-    <BLANKLINE>
-    peak in flight: rank 0: 3, rank 1: 1
-    """
-    width = width or shutil.get_terminal_size().columns
-    ranks, ticks = timetable.dag.num_ranks, timetable.num_ticks
-    cell = 1 + max((len(str(action)) for cells in timetable.grid for action in cells if action), default=1)
-    a_block = max(1, (width - len(f"rank {ranks - 1} | ... ...")) // cell)
-    blocks = [
-        format_grid(timetable.grid, ranks, ticks=range(first, min(first + a_block, ticks)))
-        for first in range(0, ticks, a_block)
-    ]
-    head = f"{timetable.name}: {_count(timetable)}, {ticks} ticks, exchange {timetable.exchange}"
-    peaks = "peak in flight: " + ", ".join(
-        f"rank {rank}: {peak}" for rank, peak in enumerate(timetable.peak_in_flight_on_rank)
-    )
-    return "\n\n".join([head, *blocks, textwrap.fill(peaks, max(width, 20))])
-
-
-def _count(timetable: Timetable) -> str:
-    ranks, microbatches = timetable.dag.num_ranks, timetable.num_microbatches
-    return f"{ranks} rank{'s' * (ranks > 1)}, {microbatches} micro-batch{'es' * (microbatches > 1)}"
 
 
 def _choose_scale(simulation: Simulation) -> tuple[float, float]:
@@ -129,55 +95,39 @@ def _choose_scale(simulation: Simulation) -> tuple[float, float]:
     return inches, max(_SMALLEST_FONT, _FONT * min(1.0, inches / wanted if wanted else 1.0))
 
 
-def _draw_actions(axes: "Axes", simulation: Simulation, rank: int) -> None:
-    """Boxes, one collection for each kind and stage."""
+def _draw_actions(axes: "Axes", simulation: Simulation, rank: int, inches: float, font: float) -> None:
+    """Boxes, one collection for each kind and stage, and the labels that fit."""
     stages = simulation.timetable.dag.stages_on(rank)
-    boxes: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    boxes: dict[tuple[str, int], list[Action]] = defaultdict(list)
     for action in simulation.timetable.order(rank):
-        begin = simulation.start[action]
-        boxes[action.kind, stages.index(action.stage)].append((begin, simulation.end[action] - begin))
-    for (kind, chunk), spans in boxes.items():
-        colour = _fade(_COLOURS[kind], chunk / len(stages))
+        boxes[action.kind, stages.index(action.stage)].append(action)
+    for (kind, chunk), actions in boxes.items():
+        colour = _shade(_COLOURS[kind], chunk, len(stages))
+        spans = [(simulation.start[a], simulation.end[a] - simulation.start[a]) for a in actions]
         axes.broken_barh(
             spans, (rank + _BOX[0], _BOX[1]), facecolor=colour, edgecolor=_EDGE, linewidth=0.5, clip_on=False
         )
+        ink = "white" if _is_dark(colour) else "black"
+        for action, (begin, duration) in zip(actions, spans, strict=True):
+            label = "" if kind == "U" else str(action.microbatch)
+            if duration and duration / simulation.makespan * inches > len(label) * _DIGIT * font:
+                place = begin + duration / 2, rank + _BOX[0] + _BOX[1] / 2
+                axes.text(*place, label, fontsize=font, ha="center", va="center_baseline", color=ink)
 
 
-def _label_actions(axes: "Axes", simulation: Simulation, rank: int, inches: float, font: float) -> None:
-    for action in simulation.timetable.order(rank):
-        begin, end = simulation.start[action], simulation.end[action]
-        label = "" if action.kind == "U" else str(action.microbatch)
-        if end > begin and (end - begin) / simulation.makespan * inches > len(label) * _DIGIT * font:
-            middle = rank + _BOX[0] + _BOX[1] / 2
-            axes.text((begin + end) / 2, middle, label, fontsize=font, ha="center", va="center_baseline")
-
-
-def _draw_in_flight(axes: "Axes", simulation: Simulation, rank: int) -> None:
-    """The strip under a rank: a step up where an F starts, a step down where its B or W ends."""
-    timetable = simulation.timetable
-    peaks = timetable.peak_in_flight_on_rank
-    times, held = [0.0], [0]
-    for action, change in _memory_changes(timetable, timetable.order(rank)):
-        times.append(simulation.start[action] if change > 0 else simulation.end[action])
-        held.append(held[-1] + change)
-    times.append(simulation.makespan)
-    held.append(held[-1])
-    floor = rank + sum(_STRIP)
-    heights = [floor - _STRIP[1] * count / max(peaks) for count in held]
-    axes.fill_between(times, heights, floor, step="post", facecolor=_MEMORY, edgecolor="none")
-    axes.text(
-        1.004, floor, f"{peaks[rank]} in flight", transform=axes.get_yaxis_transform(), fontsize=_FONT, va="bottom"
-    )
-
-
-def _memory_changes(timetable: Timetable, order: Sequence[Action]) -> list[tuple[Action, int]]:
-    changes = []
-    for action in order:
-        if action.kind == "F":
-            changes.append((action, 1))
-        if action.kind in ("BW" if timetable.dag.has_backward else "F"):
-            changes.append((action, -1))
-    return changes
+def _draw_memory(axes: "Axes", simulation: Simulation) -> None:
+    """The strip under each rank: a step up where residuals come, a step down where they are freed."""
+    in_bytes = simulation.costs is not None and bool(simulation.costs.residual_bytes)
+    ranks = range(simulation.timetable.dag.num_ranks)
+    curves = [simulation.memory_curve(rank) if in_bytes else simulation.in_flight_curve(rank) for rank in ranks]
+    peaks = [max(held for _, held in curve) for curve in curves]
+    for rank, (curve, peak) in enumerate(zip(curves, peaks, strict=True)):
+        floor = rank + sum(_STRIP)
+        times = [*(time for time, _ in curve), simulation.makespan]
+        heights = [floor - _STRIP[1] * held / (max(peaks) or 1) for _, held in (*curve, curve[-1])]
+        axes.fill_between(times, heights, floor, step="post", facecolor=_MEMORY, edgecolor="none")
+        label = format_bytes(peak) if in_bytes else f"{peak:.0f} in flight"
+        axes.text(1.004, floor, label, transform=axes.get_yaxis_transform(), fontsize=_FONT, va="bottom")
 
 
 def _dress(axes: "Axes", simulation: Simulation, *, in_forwards: bool) -> None:
@@ -186,10 +136,14 @@ def _dress(axes: "Axes", simulation: Simulation, *, in_forwards: bool) -> None:
 
     timetable = simulation.timetable
     title = f"makespan {simulation.makespan:.4g} ({simulation.mode}), bubble {simulation.bubble_fraction:.1%}"
-    axes.set_title(f"{timetable.name}: {_count(timetable)}, {title.replace('%', ' %')}", loc="left", fontsize=10)
+    axes.set_title(f"{timetable.name}: {count_ranks(timetable)}, {title.replace('%', ' %')}", loc="left", fontsize=10)
     kinds = {action.kind for action in simulation.start}
     handles = [Patch(facecolor=_COLOURS[k], edgecolor=_EDGE, label=_MEANING[k]) for k in KINDS if k in kinds]
-    handles.append(Patch(facecolor=_MEMORY, label="in flight"))
+    chunks = max(len(timetable.dag.stages_on(rank)) for rank in range(timetable.dag.num_ranks))
+    if chunks > 1:
+        for chunk, name in ((0, "first stage of a rank"), (chunks - 1, "last")):
+            handles.append(Patch(facecolor=_shade(_COLOURS["U"], chunk, chunks), edgecolor=_EDGE, label=name))
+    handles.append(Patch(facecolor=_MEMORY, label="residuals"))
     axes.figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=_FONT, frameon=False)
     axes.set_xlim(0, simulation.makespan or 1)
     axes.set_ylim(timetable.dag.num_ranks, -0.1)
@@ -201,9 +155,21 @@ def _dress(axes: "Axes", simulation: Simulation, *, in_forwards: bool) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _fade(colour: str, share: float) -> tuple[float, float, float]:
-    """Mix a colour with white: 0 leaves it, 1 would be white."""
+def _shade(colour: str, chunk: int, chunks: int) -> Colour:
+    """The plain colour of a rank's only stage; from dark for the first of several to light for the last."""
     from matplotlib.colors import to_rgb
 
-    red, green, blue = (channel + (1 - channel) * share for channel in to_rgb(colour))
-    return red, green, blue
+    red, green, blue = to_rgb(colour)
+    if chunks == 1:
+        return red, green, blue
+    share = chunk / (chunks - 1)  # 0 is dark, 1 is pale
+    return _between(red, share), _between(green, share), _between(blue, share)
+
+
+def _between(channel: float, share: float) -> float:
+    return (1 - share) * 0.62 * channel + share * (channel + 0.38 * (1 - channel))
+
+
+def _is_dark(colour: Colour) -> bool:
+    red, green, blue = colour
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5

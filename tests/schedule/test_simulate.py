@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,12 +9,17 @@ from hypothesis import strategies as st
 from jaxpar.errors import ScheduleError
 from jaxpar.schedule import (
     Action,
+    Link,
+    Simulation,
     StageCosts,
     StageDag,
     Timetable,
     compare_lockstep,
+    forward_only,
+    gpipe,
     one_f_one_b,
     simulate,
+    zb_h1,
 )
 
 from .strategies import dags, exchanges, microbatches
@@ -24,30 +30,40 @@ seconds = st.floats(0, 10)
 @st.composite
 def simulated(draw):
     dag = draw(dags())
-    timetable = one_f_one_b(dag, draw(microbatches), exchange=draw(exchanges), extra=draw(st.integers(0, 2)))
+    options = {"exchange": draw(exchanges)}
+    split = dag.has_backward and draw(st.booleans())
+    make, options = (zb_h1, options) if split else (one_f_one_b, options | {"extra": draw(st.integers(0, 2))})
+    timetable = make(dag, draw(microbatches), **options)
     forward, backward = (tuple(draw(seconds) for _ in range(dag.num_stages)) for _ in range(2))
     edges = st.dictionaries(st.sampled_from(sorted({*dag.forward, *dag.backward, (0, 0)})), seconds)
     by_edge = draw(edges.map(lambda d: {edge: x for edge, x in d.items() if edge != (0, 0)}))
-    return timetable, StageCosts(forward, backward, draw(st.one_of(seconds, st.just(by_edge))))
+    sent = draw(st.one_of(seconds, st.just(by_edge)))
+    if draw(st.booleans()):
+        return timetable, StageCosts(forward, backward, sent)
+    link = Link(draw(seconds), draw(st.floats(0.1, 100)))
+    return timetable, StageCosts(forward, backward, sent_bytes=sent, link=link)
 
 
 @given(simulated())
 def test_invariants(case):
     timetable, costs = case
-    executor, free = simulate(timetable, costs), simulate(timetable, costs, mode="free")
+    executor, free, blocking = (simulate(timetable, costs, mode=mode) for mode in ("executor", "free", "blocking"))
     assert free.makespan <= executor.makespan * (1 + 1e-9)
-    assert free.busy == executor.busy
-    for simulation in (executor, free):
+    assert free.makespan <= blocking.makespan * (1 + 1e-9)
+    for simulation in (executor, free, blocking):
+        assert simulation.busy == pytest.approx(executor.busy)
+        assert max(simulation.span) <= simulation.makespan * (1 + 1e-9)
         assert simulation.makespan >= max(simulation.busy) * (1 - 1e-9)
         assert -1e-9 <= simulation.bubble_fraction <= 1
         assert len(simulation.start) == sum(len(timetable.order(rank)) for rank in range(timetable.dag.num_ranks))
 
 
-@given(simulated(), st.sampled_from(["executor", "free"]))
+@given(simulated(), st.sampled_from(["executor", "free", "blocking"]))
 def test_no_action_starts_before_its_inputs_are_there_or_its_rank_is_free(case, mode):
     timetable, costs = case
     dag, run = timetable.dag, simulate(timetable, costs, mode=mode)
-    for kind, edges in (("F", dag.forward), ("B", dag.backward)):
+    backward = "I" if Action("I", 0, 0) in run.start else "B"
+    for kind, edges in (("F", dag.forward), (backward, dag.backward)):
         for src, dst in edges:
             for m in range(timetable.num_microbatches):
                 arrives = run.end[Action(kind, src, m)] + costs.transfer_of(dag, src, dst)
@@ -103,8 +119,88 @@ def test_compare_lockstep_prints_both():
            makespan   bubble
 executor         72    33.3%
 free             57    15.8%
-ratio         1.263"""
+ratio         1.263
+
+rank  busy  idle  idle (free)  in flight
+   0    48    24            9          4
+   1    48    24            9          3
+   2    48    24            9          2
+   3    48    24            9          1"""
     )
+
+
+TWO_SENDS = """x  microbatches=2 exchange=2
+    rank 0 | 0F0 0F1 . . .
+    rank 1 | . . 1F0 1F1 ."""
+
+
+def test_by_hand_messages_of_one_pair_of_ranks_queue():
+    """Sent at 1 and 2, 3 s each on the link and 0.5 s more: there at 4.5 and 7.5. The executor sends in each tick."""
+    timetable = Timetable.from_text(TWO_SENDS, dag=StageDag.chain(2, has_backward=False))
+    costs = StageCosts((1, 1), sent_bytes=6, link=Link(0.5, 2))
+    second = [Action("F", 1, m) for m in range(2)]
+    free, executor = simulate(timetable, costs, mode="free"), simulate(timetable, costs)
+    assert [free.start[a] for a in second] == [4.5, 7.5]
+    assert [executor.start[a] for a in second] == [4.5, 7.5]
+    plain = simulate(timetable, StageCosts((1, 1), transfer=3.5), mode="free")
+    assert [plain.start[a] for a in second] == [4.5, 5.5], "with a plain transfer nothing queues"
+
+
+def test_by_hand_a_rank_that_blocks_does_nothing_else_until_what_it_sends_has_arrived():
+    """Rank 0 works in 0-1, sends in 1-3, works in 3-4, sends in 4-6; rank 1 starts at 3 and 6."""
+    timetable = Timetable.from_text(TWO_SENDS, dag=StageDag.chain(2, has_backward=False))
+    actions = [Action.from_text(text) for text in ("0F0", "0F1", "1F0", "1F1")]
+    for costs in (StageCosts((1, 1), transfer=2), StageCosts((1, 1), sent_bytes=6, link=Link(0.5, 4))):
+        run = simulate(timetable, costs, mode="blocking")
+        assert [run.start[a] for a in actions] == [0, 3, 3, 6]
+    run = simulate(timetable, StageCosts((1, 10), transfer=2), mode="blocking")
+    assert run.start[actions[-1]] == 3 + 10, "what was sent meanwhile is there"
+
+
+def test_memory_in_bytes_by_hand():
+    """I frees what W does not need, W the rest; two stages of one rank add up."""
+    dag = StageDag(2, ((0, 1),), ((1, 0),), (0, 0), 1)
+    text = "x  microbatches=1 exchange=1\nrank 0 | 0F0 1F0 1I0 1W0 0B0"
+    costs = StageCosts((1, 1), (2, 2), residual_bytes=(100.0, 10.0), weight_residual_bytes=(40.0, 4.0))
+    run = simulate(Timetable.from_text(text, dag=dag), costs)
+    assert run.memory_curve(0) == ((0, 0), (0, 100), (1, 110), (3, 104), (4, 100), (6, 0))
+    assert run.in_flight_curve(0) == ((0, 0), (0, 1), (1, 2), (4, 1), (6, 0))
+    assert run.peak_bytes_on_rank == (110,)
+
+
+@given(simulated())
+def test_memory_curves_end_empty_and_their_peaks_are_those_of_the_order(case):
+    timetable, costs = case
+    run = simulate(timetable, replace(costs, residual_bytes=(1.0,) * timetable.dag.num_stages), mode="free")
+    assert run.peak_bytes_on_rank == timetable.peak_in_flight_on_rank
+    for rank in range(timetable.dag.num_ranks):
+        assert run.memory_curve(rank)[-1][1] == 0
+        if timetable.dag.has_backward:
+            assert run.memory_curve(rank) == run.in_flight_curve(rank)
+
+
+def test_gpipe_holds_all_micro_batches_1f1b_its_depth_and_a_forward_only_step_one():
+    costs = StageCosts((1,) * 4, (2,) * 4, residual_bytes=(5,) * 4)
+    assert simulate(gpipe(StageDag.chain(4), 8), costs).peak_bytes_on_rank == (40,) * 4
+    assert simulate(one_f_one_b(StageDag.chain(4), 8, extra=0), costs).peak_bytes_on_rank == (20, 15, 10, 5)
+    inference = forward_only(StageDag.chain(4, has_backward=False), 8)
+    assert simulate(inference, costs).peak_bytes_on_rank == (5,) * 4
+
+
+def test_memory_in_bytes_needs_sizes():
+    run = simulate(one_f_one_b(StageDag.chain(2), 2), StageCosts.uniform(2))
+    with pytest.raises(ScheduleError, match=r"give StageCosts\(residual_bytes="):
+        run.memory_curve(0)
+
+
+def test_measured_times_are_moved_to_start_at_zero_and_must_be_complete():
+    timetable = one_f_one_b(StageDag.chain(2), 1)
+    times = {Action.from_text(text): (10.0 + i, 11.5 + i) for i, text in enumerate(("0F0", "1F0", "1B0", "0B0"))}
+    run = Simulation.from_times(timetable, times)
+    assert (run.mode, run.makespan, run.busy) == ("measured", 4.5, (3.0, 3.0))
+    assert run.start[Action("F", 0, 0)] == 0
+    with pytest.raises(ScheduleError, match=r"1 actions: 0F0"):
+        Simulation.from_times(timetable, {a: t for a, t in times.items() if str(a) != "0F0"})
 
 
 def test_nothing_takes_time():
@@ -113,7 +209,7 @@ def test_nothing_takes_time():
 
 
 def test_unknown_mode():
-    with pytest.raises(ScheduleError, match="no simulation mode 'fast'; known: executor, free"):
+    with pytest.raises(ScheduleError, match="no simulation mode 'fast'; known: executor, free, blocking"):
         simulate(one_f_one_b(StageDag.chain(2), 2), StageCosts.uniform(2), mode="fast")
 
 

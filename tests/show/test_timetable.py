@@ -3,8 +3,8 @@ from itertools import pairwise
 
 import pytest
 
-from jaxpar.schedule import Action, StageCosts, StageDag, Timetable, forward_only, gpipe, one_f_one_b
-from jaxpar.show import draw_timetable, render_timetable
+from jaxpar.schedule import Action, Simulation, StageCosts, StageDag, Timetable, forward_only, gpipe, one_f_one_b
+from jaxpar.show import draw_timetable
 
 
 def labels(figure) -> list:
@@ -51,7 +51,7 @@ def test_title_and_legend():
     figure = draw_timetable(one_f_one_b(StageDag.chain(4), 16, extra=0), mode="free")
     title = figure.axes[0].get_title(loc="left")
     assert title == "1f1b: 4 ranks, 16 micro-batches, makespan 57 (free), bubble 15.8 %"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["forward", "backward", "in flight"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["forward", "backward", "residuals"]
     peaks = [text.get_text() for text in figure.axes[0].texts if "in flight" in text.get_text()]
     assert peaks == ["4 in flight", "3 in flight", "2 in flight", "1 in flight"]
 
@@ -78,10 +78,35 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
         draw_timetable(gpipe(StageDag.chain(2), 2))
 
 
-def test_text_for_a_terminal_wraps_and_loses_nothing():
-    timetable = one_f_one_b(StageDag.chain(4), 16)
-    text = render_timetable(timetable, width=80)
-    assert max(map(len, text.splitlines())) <= 80
-    for cells in timetable.grid:
-        assert all(str(action) in text for action in cells if action)
-    assert text.splitlines()[-1] == "peak in flight: rank 0: 6, rank 1: 5, rank 2: 4, rank 3: 1"
+def test_a_ranks_first_stage_is_dark_with_white_numbers_and_its_last_light():
+    looped = StageDag(4, ((0, 1), (1, 2), (2, 3)), ((3, 2), (2, 1), (1, 0)), (0, 1, 0, 1), 2)
+    figure = draw_timetable(one_f_one_b(looped, 2))
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-3:] == [
+        "first stage of a rank",
+        "last",
+        "residuals",
+    ]
+    inks = [text.get_color() for text in labels(figure)]
+    assert (inks.count("white"), inks.count("black")) == (8, 8)
+    brightness = {
+        sum(boxes.get_facecolor()[0][:3]) for boxes in figure.axes[0].collections if len(boxes.get_paths()) == 2
+    }
+    assert len(brightness) == 4, "two kinds, two shades each"
+
+
+def test_memory_is_drawn_in_bytes_where_sizes_are_known():
+    """Rank 1's strip is a tenth as high as rank 0's at its peak."""
+    costs = StageCosts((1, 1), (2, 2), residual_bytes=(10 * 2**20, 2 * 2**20))
+    figure = draw_timetable(one_f_one_b(StageDag.chain(2), 4, extra=0), costs)
+    assert [text.get_text() for text in figure.axes[0].texts if "iB" in text.get_text()] == ["20.0 MiB", "2.0 MiB"]
+    strips = [strip.get_paths()[0].get_extents() for strip in figure.axes[0].collections[-2:]]
+    assert strips[1].height == pytest.approx(strips[0].height / 10)
+
+
+def test_measured_times_are_drawn_as_they_are():
+    timetable = gpipe(StageDag.chain(1), 1)
+    run = Simulation.from_times(timetable, {Action("F", 0, 0): (5.0, 6.0), Action("B", 0, 0): (7.5, 9.0)})
+    figure = draw_timetable(run)
+    assert figure.axes[0].get_title(loc="left").endswith("1 micro-batch, makespan 4 (measured), bubble 37.5 %")
+    forward, backward = (boxes.get_paths()[0].get_extents() for boxes in figure.axes[0].collections[:2])
+    assert (forward.x0, forward.x1, backward.x0, backward.x1) == (0, 1, 2.5, 4)
