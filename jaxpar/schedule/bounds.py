@@ -253,15 +253,19 @@ def _run_preemptive(jobs: list[Job]) -> float:
 
 
 def _bound_exchange(problem: SearchProblem) -> float:
-    """Two neighbours wait for each other in turn, once every two ticks at least, and a rank needs a tick an action.
+    """A rank of n actions is in tick n - 1 or later at its last, which waits for a neighbour's tick at most two before.
 
-    A rank of n actions is in tick n - 1 or later at its last, which waits for a neighbour's tick at most two before.
+    So two neighbours wait for each other in turn, once every two ticks at least; and a link carries a tick's values
+    after those of the tick before.
     """
     most = 0.0
-    for rank, arrivals in enumerate(problem.arrivals):
+    for rank, links in enumerate(problem.links):
         kinds = 2 if problem.dag.has_backward else 1
-        turns = (problem.num_microbatches * kinds * len(problem.stages_on[rank]) - 1) // 2
-        for neighbour, there in arrivals:
-            back = dict(problem.arrivals[neighbour])[rank]
+        last = problem.num_microbatches * kinds * len(problem.stages_on[rank]) - 1
+        turns = last // 2
+        for link in links:
+            there, back = problem.way(link.rank, rank), problem.way(rank, link.rank)
             most = max(most, (turns + 1) // 2 * there + turns // 2 * back)
+            if last >= 2:
+                most = max(most, (last - 1) * link.occupancy + link.latency)
     return most

@@ -57,7 +57,8 @@ class _Partial:
     done: Counts
     arrived: Counts  # what other ranks can use in the next tick
     ends: tuple[float, ...]  # when each rank ended its last tick
-    sent: tuple[float, ...]  # when it ended the tick whose values arrive in the next
+    sent: tuple[float, ...]  # when each link had sent that tick's values
+    due: tuple[float, ...]  # when all that each rank waits for in the next tick is there
     makespan: float  # the last end of an action
     steps: tuple[tuple[Step, ...], ...]
 
@@ -67,6 +68,7 @@ class _Partial:
             self.makespan <= other.makespan + _EPSILON
             and all(a <= b + _EPSILON for a, b in zip(self.ends, other.ends, strict=True))
             and all(a <= b + _EPSILON for a, b in zip(self.sent, other.sent, strict=True))
+            and all(a <= b + _EPSILON for a, b in zip(self.due, other.due, strict=True))
             and all(a >= b for x, y in zip(self.arrived, other.arrived, strict=True) for a, b in zip(x, y, strict=True))
         )
 
@@ -87,9 +89,9 @@ class _Search:
     def run(self) -> Timetable | None:
         dag = self.problem.dag
         nothing: Counts = ((0,) * dag.num_stages,) * 3
-        before = (-math.inf,) * dag.num_ranks  # nothing has ended, nothing was sent
+        start = (0.0,) * dag.num_ranks
         everything = ((self.problem.num_microbatches,) * dag.num_stages,) * (3 if dag.has_backward else 1)
-        self._keep(_Partial(nothing, nothing, before, before, 0.0, ()))
+        self._keep(_Partial(nothing, nothing, start, (0.0,) * sum(map(len, self.problem.links)), start, 0.0, ()))
         extended = 0
         while self.heap and self.least > self.lower * (1 + _EPSILON) + _EPSILON:
             bound, _, _, partial = heapq.heappop(self.heap)
@@ -136,10 +138,7 @@ class _Search:
     def _extend(self, partial: _Partial) -> Iterator[_Partial]:
         """One more tick, in each way that can be worth it."""
         options = [[None, *self._ready(partial, rank)] for rank in range(self.problem.dag.num_ranks)]
-        begins = [
-            max([0.0, partial.ends[r], *(partial.sent[q] + delay for q, delay in arrivals)])
-            for r, arrivals in enumerate(self.problem.arrivals)
-        ]
+        begins = list(map(max, partial.ends, partial.due))
         for cells in itertools.product(*options):
             if not any(cells) and partial.arrived == partial.done:
                 continue  # nothing happens, and nothing is on its way
@@ -153,8 +152,22 @@ class _Search:
                     for row in {"F": (0,), "B": (1, 2), "I": (1,), "W": (2,)}[kind]:
                         done[row][stage] += 1
             now: Counts = tuple(map(tuple, done))
-            arrived, sent = (now, tuple(ends)) if self.exchange == 1 else (partial.done, partial.ends)
-            yield _Partial(now, arrived, tuple(ends), sent, makespan, (*partial.steps, cells))
+            sent = self._send(partial.sent, ends)
+            if self.exchange == 1:
+                arrived, due = now, self._arrive(sent)
+            else:  # what arrives in the next tick was sent a tick ago, if there was one
+                arrived, due = partial.done, self._arrive(partial.sent) if partial.steps else partial.due
+            yield _Partial(now, arrived, tuple(ends), sent, due, makespan, (*partial.steps, cells))
+
+    def _send(self, sent: tuple[float, ...], ends: list[float]) -> tuple[float, ...]:
+        """When each link, in the order of `problem.links`, has sent this tick's values."""
+        links = itertools.chain(*self.problem.links)
+        return tuple(max(before, ends[q]) + busy for before, (q, busy, _) in zip(sent, links, strict=True))
+
+    def _arrive(self, sent: tuple[float, ...]) -> tuple[float, ...]:
+        """When what the links have sent is there, for each rank."""
+        times = iter(sent)
+        return tuple(max((next(times) + link.latency for link in links), default=0.0) for links in self.problem.links)
 
     def _ready(self, partial: _Partial, rank: int) -> Iterator[Step]:
         """What `rank` may do in the next tick."""

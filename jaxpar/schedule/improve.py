@@ -10,7 +10,7 @@ ones are taken now and then, ever more rarely (simulated annealing).
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from jaxpar.schedule.problem import SearchProblem, Step, strip_microbatches
 from jaxpar.schedule.timetable import Timetable
@@ -31,14 +31,13 @@ class LocalSearch:
 
     def __init__(self, problem: SearchProblem, timetable: Timetable, seed: int):
         self.problem, self.exchange, self.random = problem, timetable.exchange, random.Random(seed)
-        self.arrivals = problem.arrivals
-        self.leaves = [[(q, dict(a)[r]) for q, a in enumerate(self.arrivals) if r in dict(a)] for r in self._ranks]
         self._read(strip_microbatches(timetable))
-        self._link()
-        self.head = [[0.0] * self.ticks for _ in self._ranks]
-        self.tail = [[0.0] * self.ticks for _ in self._ranks]
+        self._connect_jobs()
+        self._connect_rows()
+        self.head = [[0.0] * self.ticks for _ in self.cells]
+        self.tail = [[0.0] * self.ticks for _ in self.cells]
         self.held = [[0.0] * self.ticks for _ in self._ranks]
-        self._refresh(dict.fromkeys(self._ranks, (0, self.ticks - 1)))
+        self._refresh(range(len(self.cells)), 0, self.ticks - 1)
         for rank in self._ranks:
             self._write_held(rank, 0, self.ticks - 1)
         self.makespan = self.best = self._measure()
@@ -91,7 +90,7 @@ class LocalSearch:
                 self.at[job] = tick
 
     def _steps(self) -> list[list[Step]]:
-        return [[self._step(row[tick]) for row in self.cells] for tick in range(self.ticks)]
+        return [[self._step(self.cells[rank][tick]) for rank in self._ranks] for tick in range(self.ticks)]
 
     def _step(self, job: int) -> Step:
         if job < 0:
@@ -100,7 +99,7 @@ class LocalSearch:
         name = "F" if kind == 0 else "W" if kind == 2 else "B" if self.whole[batch] else "I"
         return name, batch // self.problem.num_microbatches  # type: ignore[return-value]  # the names are kinds
 
-    def _link(self) -> None:
+    def _connect_jobs(self) -> None:
         """`needs[job]` and `feeds[job]`: jobs, with the ticks between; each stage keeps its micro-batches in order."""
         problem, dag, count = self.problem, self.problem.dag, self.problem.num_microbatches
         self.needs: list[list[tuple[int, int]]] = [[] for _ in self.at]
@@ -133,64 +132,85 @@ class LocalSearch:
                 kept = 0.0 if self.whole[job // 3] else memory.kept[stage]
                 self.frees[job] = (-memory.held[stage], memory.held[stage] - kept, kept)[job % 3]
 
+    def _connect_rows(self) -> None:
+        """Add a row of cells for each link that is kept busy; `before[row]` and `after[row]` are (row, ticks, seconds).
+
+        A cell starts after the cell before it in its row, and after those of `before[row]` so many ticks earlier and
+        with so many seconds between. A link's cells are idle, and take its occupancy all the same.
+        """
+        self.before: list[list[tuple[int, int, float]]] = [[] for _ in self._ranks]
+        self.busy = [0.0 for _ in self._ranks]
+        for rank, links in enumerate(self.problem.links):
+            for q, occupancy, latency in links:
+                if occupancy:
+                    self.before[rank].append((len(self.cells), self.exchange, latency))
+                    self.before.append([(q, 0, 0.0)])
+                    self.cells.append([_IDLE] * self.ticks)
+                    self.busy.append(occupancy)
+                else:
+                    self.before[rank].append((q, self.exchange, latency))
+        self.after: list[list[tuple[int, int, float]]] = [[] for _ in self.cells]
+        for row, before in enumerate(self.before):
+            for other, ticks, delay in before:
+                self.after[other].append((row, ticks, delay))
+
     # -- heads and tails -------------------------------------------------------------------------------------------
 
-    def _head(self, rank: int, tick: int, previous: float, job: int) -> float:
+    def _head(self, row: int, tick: int, previous: float, job: int) -> float:
         start = previous
-        sent = tick - self.exchange
-        if sent >= 0:
-            for q, delay in self.arrivals[rank]:
-                arrives = self.head[q][sent] + delay
+        for other, ticks, delay in self.before[row]:
+            if tick >= ticks:
+                arrives = self.head[other][tick - ticks] + delay
                 if arrives > start:
                     start = arrives
-        return start + self.seconds[job]
+        return start + self.seconds[job] + self.busy[row]
 
-    def _tail(self, rank: int, tick: int, following: float, job: int) -> float:
+    def _tail(self, row: int, tick: int, following: float, job: int) -> float:
         rest = 0.0 if job >= 0 and following < 0.0 else following
-        arrives = tick + self.exchange
-        if arrives < self.ticks:
-            for q, delay in self.leaves[rank]:
-                after = self.tail[q][arrives] + delay
+        for other, ticks, delay in self.after[row]:
+            if tick + ticks < self.ticks:
+                after = self.tail[other][tick + ticks] + delay
                 if after > rest:
                     rest = after
-        return rest + self.seconds[job]
+        return rest + self.seconds[job] + self.busy[row]
 
     def _measure(self) -> float:
         return max(tail[0] for tail in self.tail)
 
-    def _refresh(self, windows: dict[int, tuple[int, int]]) -> None:
-        """Run heads forwards and tails backwards from the changed ticks of each rank, until nothing changes."""
-        a, b = min(a for a, _ in windows.values()), max(b for _, b in windows.values())
-        self._spread(self.head, self._head, windows, (a, b), 1, self.leaves)
-        self._spread(self.tail, self._tail, windows, (b, a), -1, self.arrivals)
+    def _refresh(self, rows: Iterable[int], first: int, last: int) -> None:
+        """Run heads forwards and tails backwards from the changed ticks of some rows, until nothing changes."""
+        rows = list(rows)
+        self._spread(self.head, self._head, {tick: set(rows) for tick in range(first, last + 1)}, first, 1)
+        self._spread(self.tail, self._tail, {tick: set(rows) for tick in range(first, last + 1)}, last, -1)
 
     def _spread(
         self,
         values: list[list[float]],
         measure: Callable[[int, int, float, int], float],
-        windows: dict[int, tuple[int, int]],
-        span: tuple[int, int],
+        todo: dict[int, set[int]],
+        tick: int,
         step: int,
-        onward: Sequence[Sequence[tuple[int, float]]],
     ) -> None:
-        tick, last = span
-        recent: list[set[int]] = [set()] * self.exchange  # ranks whose value changed in the ticks before
-        while 0 <= tick < self.ticks:
-            todo = {rank for rank, (a, b) in windows.items() if a <= tick <= b} | recent[-1]
-            for rank in recent[0]:
-                todo.update(q for q, _ in onward[rank])
-            changed = set()
-            for rank in todo:
-                row = values[rank]
-                before = row[tick - step] if 0 <= tick - step < self.ticks else 0.0 if step > 0 else -math.inf
-                value = measure(rank, tick, before, self.cells[rank][tick])
-                if value != row[tick]:
-                    row[tick] = value
-                    changed.add(rank)
-            recent = [*recent[1:], changed]
-            if (tick - last) * step >= 0 and not any(recent):
-                break
+        """Measure the rows of `todo[tick]` anew, and all that follows from those that change."""
+        onward = self.after if step > 0 else self.before
+        outside = 0.0 if step > 0 else -math.inf
+        while todo and 0 <= tick < self.ticks:
+            rows = todo.pop(tick, set())
+            following = todo.setdefault(tick + step, set())
+            while rows:  # links come after their ranks in a tick, and have the higher numbers
+                row = min(rows) if step > 0 else max(rows)
+                rows.remove(row)
+                line = values[row]
+                before = line[tick - step] if 0 <= tick - step < self.ticks else outside
+                value = measure(row, tick, before, self.cells[row][tick])
+                if value != line[tick]:
+                    line[tick] = value
+                    following.add(row)
+                    for other, ticks, _ in onward[row]:
+                        (todo.setdefault(tick + step * ticks, set()) if ticks else rows).add(other)
             tick += step
+            if not following:
+                del todo[tick]
 
     def _estimate(self, rank: int, change: Change) -> float:
         """The longest path through the changed ticks; exact if they span few, for paths that come back are not seen."""
@@ -241,7 +261,7 @@ class LocalSearch:
         rank, tick = self.random.choice(self.path)
         if self.random.random() < 0.1:
             tick = max(0, min(self.ticks - 1, tick + self.random.randint(-3, 3)))
-            rank = self.random.choice([rank, *(q for q, _ in self.arrivals[rank])])
+            rank = self.random.choice([rank, *self.problem.dag.neighbours(rank)])
         kind = self.random.random()
         if kind < 0.15 and self.problem.split_backward:
             self._try_split(rank, tick, heat)
@@ -299,9 +319,8 @@ class LocalSearch:
             self.cells[rank][tick] = job
             if job >= 0:
                 self.at[job] = tick
-        window = (change[0][0], change[-1][0])
-        self._write_held(rank, *window)
-        self._refresh({rank: window})
+        self._write_held(rank, change[0][0], change[-1][0])
+        self._refresh([rank], change[0][0], change[-1][0])
 
     def _try_split(self, rank: int, tick: int, heat: float) -> None:
         """Make an I and a later W of a B, or a B of an I and its W; or move a W far."""
@@ -352,19 +371,16 @@ class LocalSearch:
     def _find_longest_path(self) -> list[tuple[int, int]]:
         """The cells of one longest path; among several ways on, any."""
         slack = 1e-9 * self.makespan
-        rank = self.random.choice([r for r in self._ranks if self.tail[r][0] >= self.makespan - slack])
+        row = self.random.choice([r for r in self._ranks if self.tail[r][0] >= self.makespan - slack])
         tick, path = 0, []
         while True:
-            path.append((rank, tick))
-            rest = self.tail[rank][tick] - self.seconds[self.cells[rank][tick]]
+            if row in self._ranks:
+                path.append((row, tick))
+            rest = self.tail[row][tick] - self.seconds[self.cells[row][tick]] - self.busy[row]
             if rest <= slack:
                 return path
-            ways = []
-            if tick + 1 < self.ticks and self.tail[rank][tick + 1] >= rest - slack:
-                ways.append((rank, tick + 1))
-            if tick + self.exchange < self.ticks:
-                arrives = tick + self.exchange
-                ways += [(q, arrives) for q, x in self.leaves[rank] if self.tail[q][arrives] + x >= rest - slack]
-            if not ways:
-                return path
-            rank, tick = self.random.choice(ways)
+            ways = [(row, 1, 0.0), *self.after[row]]
+            ends = [(other, tick + ticks, delay) for other, ticks, delay in ways if tick + ticks < self.ticks]
+            row, tick, _ = self.random.choice(
+                [(other, at, delay) for other, at, delay in ends if self.tail[other][at] + delay >= rest - slack]
+            )

@@ -116,7 +116,12 @@ class _Filling:
         stages, ranks = dag.num_stages, dag.num_ranks
         self.forward, self.backward, self.weight = (np.zeros((count, stages), int) for _ in range(3))
         self.arrived = (self.forward, self.backward)  # what other ranks can use
-        self.end = self.sent = np.full((count, ranks), -np.inf)  # before tick 0 nothing is sent
+        self.end = np.zeros((count, ranks))
+        self.neighbours, self.occupancy, self.latency = _list_links(problem)  # [R, D]
+        self.sent = np.zeros(
+            (count, *self.neighbours.shape)
+        )  # when each link to a rank has sent the last tick's values
+        self.due = [self.end] * exchange  # when all of a tick is there; before tick 0 nothing was sent
         self.makespan = np.zeros(count)
         self.alive = np.ones(count, bool)
         self.idle = np.zeros(count, int)  # ticks in which a row has done nothing
@@ -135,13 +140,12 @@ class _Filling:
         self.seconds = np.stack(
             [np.broadcast_to(seconds[0], back.shape), back, np.broadcast_to(seconds[3], back.shape)], 1
         )
-        self.neighbours, self.delays = _list_neighbours(problem)
         self.score = np.full((count, _KINDS, stages + 1), -np.inf)
         self.home = np.arange(ranks)[:, None] == self.rank_of  # [R, S]
 
     def fill_tick(self, tick: int) -> np.ndarray:
         """Choose and do one action for each rank of each row; returns their codes, [K, R]."""
-        start = self._start()
+        start = np.maximum(self.end, self.due[0])
         self._score_ready(tick)
         offered = self.score[:, :, self.places]  # [K, 3, R, C]
         offered = offered.transpose(0, 2, 1, 3).reshape(len(offered), len(self.places), -1)
@@ -157,8 +161,9 @@ class _Filling:
         seconds = np.where(acts, self.seconds[self.rows, kind, stage], 0.0)
         before, end = (self.forward, self.backward), start + seconds
         self._count(kind, stage, acts)
-        self.arrived, self.sent = (before, self.end) if self.exchange == 2 else ((self.forward, self.backward), end)
+        self.arrived = before if self.exchange == 2 else (self.forward, self.backward)
         self.end = end
+        self._send()
         self.left -= seconds
         self.makespan = np.maximum(self.makespan, np.where(acts, end, 0.0).max(1))
         self.idle = np.where(acts.any(1), 0, self.idle + 1)
@@ -172,9 +177,11 @@ class _Filling:
         whole = self.whole[self.rows, stage]
         return np.where(acts, 4 * stage + np.choose(kind, [0, np.where(whole, 1, 2), 3]), -1).astype(np.int16)
 
-    def _start(self) -> np.ndarray:
-        padded = np.concatenate([self.sent, np.full((len(self.sent), 1), -np.inf)], 1)
-        return np.maximum(np.maximum(self.end, 0), (padded[:, self.neighbours] + self.delays).max(-1))
+    def _send(self) -> None:
+        """All links carry the values of this tick, one tick after the other."""
+        padded = np.concatenate([self.end, np.full((len(self.end), 1), -np.inf)], 1)
+        self.sent = np.maximum(padded[:, self.neighbours], self.sent) + self.occupancy
+        self.due = [*self.due[1:], (self.sent + self.latency).max(-1)]
 
     def _score_ready(self, tick: int) -> None:
         """Write the scores of what can be done now, and minus infinity elsewhere."""
@@ -242,11 +249,12 @@ def _list_columns(problem: SearchProblem, sources: tuple[tuple[int, ...], ...]) 
     return _pad(columns, max(1, max(map(len, columns))), 2 * stages)
 
 
-def _list_neighbours(problem: SearchProblem) -> tuple[np.ndarray, np.ndarray]:
-    """The neighbours of each rank and the delays from them, padded with a rank that never sends."""
-    width = max(1, max(map(len, problem.arrivals)))
-    ranks = _pad(tuple(tuple(q for q, _ in a) for a in problem.arrivals), width, problem.dag.num_ranks)
-    delays = np.zeros(ranks.shape)
-    for rank, arrivals in enumerate(problem.arrivals):
-        delays[rank, : len(arrivals)] = [delay for _, delay in arrivals]
-    return ranks, delays
+def _list_links(problem: SearchProblem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The neighbours of each rank, and the occupancy and latency of the links from them; padded with free ones."""
+    width = max(1, max(map(len, problem.links)))
+    ranks = _pad(tuple(tuple(link.rank for link in links) for links in problem.links), width, problem.dag.num_ranks)
+    occupancy, latency = np.zeros(ranks.shape), np.zeros(ranks.shape)
+    for rank, links in enumerate(problem.links):
+        occupancy[rank, : len(links)] = [link.occupancy for link in links]
+        latency[rank, : len(links)] = [link.latency for link in links]
+    return ranks, occupancy, latency

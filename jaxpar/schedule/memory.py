@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxpar.errors import ScheduleError
+from jaxpar.schedule.costs import StageCosts
 from jaxpar.schedule.dag import StageDag
 from jaxpar.schedule.timetable import Timetable
 
@@ -58,6 +59,18 @@ class MemoryLimit:
         """A limit on the micro-batches in flight, summed over a rank's stages; one number, or one for each rank."""
         per_rank = (most,) * dag.num_ranks if isinstance(most, int | float) else tuple(most)
         return cls(per_rank, (1.0,) * dag.num_stages)
+
+    @classmethod
+    def in_bytes(cls, dag: StageDag, costs: StageCosts, most: float | Sequence[float]) -> "MemoryLimit":
+        """A limit on the bytes of residuals that `costs` gives; one number, or one for each rank.
+
+        Raises:
+          ScheduleError: the costs have no `residual_bytes`.
+        """
+        if not costs.residual_bytes:
+            raise ScheduleError("a memory limit in bytes needs StageCosts(residual_bytes=...)")
+        per_rank = (most,) * dag.num_ranks if isinstance(most, int | float) else tuple(most)
+        return cls(per_rank, costs.residual_bytes, costs.weight_residual_bytes or costs.residual_bytes)
 
     def check_for(self, dag: StageDag) -> None:
         """Raise `ScheduleError` if this is not a limit for the graph, or no rank order could keep it."""

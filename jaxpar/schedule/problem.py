@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from jaxpar.errors import ScheduleError
 from jaxpar.schedule.action import Action, Kind
@@ -13,6 +14,16 @@ from jaxpar.schedule.memory import MemoryLimit
 from jaxpar.schedule.timetable import Timetable
 
 SEARCHED: tuple[Kind, ...] = ("F", "B", "I", "W")
+
+
+class LinkFrom(NamedTuple):
+    """A link from `rank`: seconds for which a tick's values keep it busy, and until they are there after that."""
+
+    rank: int
+    occupancy: float
+    latency: float
+
+
 Step = tuple[Kind, int] | None  # a cell before its micro-batch is known: a kind and a stage, or idle
 
 
@@ -62,20 +73,26 @@ class SearchProblem:
         }
 
     @cached_property
-    def arrivals(self) -> tuple[tuple[tuple[int, float], ...], ...]:
-        """For each rank r, its neighbours q with the seconds of the slowest edge from q to r, as the executor waits."""
+    def links(self) -> tuple[tuple[LinkFrom, ...], ...]:
+        """For each rank, the links from its neighbours; like the executor's, each carries all edges in every tick."""
         dag = self.dag
-        slowest = [dict.fromkeys(dag.neighbours(rank), 0.0) for rank in range(dag.num_ranks)]
+        found = [dict.fromkeys(dag.neighbours(rank), (0.0, 0.0)) for rank in range(dag.num_ranks)]
         for src, dst in dag.forward + dag.backward:
             here, there = dag.rank_of[dst], dag.rank_of[src]
             if here != there:
-                slowest[here][there] = max(slowest[here][there], self.costs.transfer_of(dag, src, dst))
-        return tuple(tuple(delays.items()) for delays in slowest)
+                occupancy, latency = found[here][there]
+                more, another = self.costs.message(dag, src, dst)
+                found[here][there] = occupancy + more, max(latency, another)
+        return tuple(tuple(LinkFrom(q, *seconds) for q, seconds in links.items()) for links in found)
 
     def delay(self, src: int, dst: int) -> float:
-        """Seconds that stage `dst` waits for a value of `src`: those of the slowest edge between their ranks."""
+        """Seconds from the end of an action of stage `src` until its value is with stage `dst`, at least."""
         here, there = self.dag.rank_of[dst], self.dag.rank_of[src]
-        return 0.0 if here == there else dict(self.arrivals[here])[there]
+        return 0.0 if here == there else self.way(there, here)
+
+    def way(self, here: int, there: int) -> float:
+        """Seconds from the end of a tick on one rank until its values are on a neighbour, the link being idle."""
+        return next(link.occupancy + link.latency for link in self.links[there] if link.rank == here)
 
     @cached_property
     def stages_on(self) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,7 @@
 
 import random
 
-from jaxpar.schedule import Action, StageCosts, StageDag, Timetable
+from jaxpar.schedule import Action, Link, StageCosts, StageDag, Timetable
 from jaxpar.schedule.memory import MemoryLimit
 from jaxpar.schedule.problem import SearchProblem
 
@@ -24,7 +24,7 @@ def draw_dag(rng: random.Random, max_stages: int, max_ranks: int) -> StageDag:
 def draw_problem(
     seed: int, *, max_stages: int = 4, max_ranks: int = 3, max_microbatches: int = 4, in_bytes: bool = True
 ) -> SearchProblem:
-    """Costs equal, small integers or any; transfers none, one for all or by edge; memory tight, loose or none."""
+    """Costs equal, small integers or any; transfers none, late, or on busy links; memory tight, loose or none."""
     rng = random.Random(seed)
     dag = draw_dag(rng, max_stages, max_ranks)
     draw = rng.choice([lambda: 1.0, lambda: float(rng.randint(1, 3)), lambda: rng.uniform(0.1, 2)])
@@ -32,14 +32,16 @@ def draw_problem(
     backward = tuple(2 * draw() for _ in range(dag.num_stages))
     part = tuple(rng.uniform(0, 1) * b for b in backward) if rng.random() < 0.5 else None
     edges = dag.forward + dag.backward
-    transfer = rng.choice([0.0, 0.3, {edge: rng.uniform(0, 1.5) for edge in edges if rng.random() < 0.7}])
+    transfers = {edge: rng.uniform(0, 1.5) for edge in edges if rng.random() < 0.7}
+    ways: list[dict] = [{}, {"transfer": 0.3}, {"transfer": transfers}]
+    ways += [{"sent_bytes": sent, "link": Link(rng.choice([0.0, 0.2]), 1.0)} for sent in (0.4, transfers)]
     memory = None
     if rng.random() < 0.6:
         held = tuple(float(rng.randint(1, 3)) if in_bytes else 1.0 for _ in range(dag.num_stages))
         kept = tuple(h * rng.choice([0.0, 0.5, 1.0]) for h in held) if in_bytes else held
         least = [sum(held[s] for s in dag.stages_on(rank)) for rank in range(dag.num_ranks)]
         memory = MemoryLimit(tuple(x + rng.randint(0, 3) for x in least), held, kept)
-    costs = StageCosts(forward, backward, transfer, part)
+    costs = StageCosts(forward, backward, input_backward=part, **rng.choice(ways))
     return SearchProblem(dag, rng.randint(1, max_microbatches), costs, memory, rng.random() < 0.6)
 
 
