@@ -47,9 +47,11 @@ def parallelize(
             so that the user's own shardings over them act inside a stage.
         num_microbatches: M; the batch size must be a multiple of M times the number of replicas.
         schedule: a name: "gpipe", "1f1b", "eager_1f1b", "kfkb", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2",
-            "zb_v", "v_half", "v_min", "dualpipe_v"; a function `(dag, num_microbatches, **options) -> Timetable`; or a
-            `Timetable`.
-        schedule_options: for the schedule, e.g. `{"extra": 0}` for 1F1B with the textbook's memory.
+            "zb_v", "v_half", "v_min", "dualpipe_v"; "auto", which searches for the fastest by the plan's costs; a
+            function `(dag, num_microbatches, **options) -> Timetable`; or a `Timetable`.
+        schedule_options: for the schedule, e.g. `{"extra": 0}` for 1F1B with the textbook's memory. For "auto" those of
+            `jaxpar.schedule.find_timetable`: `memory_limit` (micro-batches in flight on each rank) or `memory_bytes`
+            (of residuals on each rank), `split_backward`, `seconds`, `seed`, `progress`, `cache`.
         batch_argnums: arguments whose arrays have one row per example.
         state_argnums: arguments that are training state: each leaf is kept by the stage that uses it. Where several
             states are given or returned (`place`, `gather`, `new_state`), they are in the order of the arguments.

@@ -14,13 +14,27 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import _jax
 from jaxpar.arguments import Arguments, NewState, OutputTree, match_state_outputs
-from jaxpar.errors import PlanError, TraceError
+from jaxpar.errors import PlanError, ScheduleError, TraceError
 from jaxpar.lower import Axes, Machine, PlacedState, StateLayout, build_machine, build_step, keep_axes, make_layout
 from jaxpar.plan import Plan, Roofline, plan_stages
-from jaxpar.schedule import StageCosts, StageDag, Timetable, default_layout, make_timetable, place_stages, simulate
+from jaxpar.schedule import (
+    MemoryLimit,
+    SearchResult,
+    StageCosts,
+    StageDag,
+    Timetable,
+    default_layout,
+    find_timetable,
+    make_timetable,
+    place_stages,
+    simulate,
+)
 from jaxpar.trace import Program, make_program, trace_size
 
 Spec = tuple[Any, ...]
+
+AUTO = "auto"
+_SEARCH_OPTIONS = ("memory_limit", "memory_bytes", "split_backward", "seconds", "seed", "progress", "cache")
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Built:
     program: Program
     plan: Plan
     timetable: Timetable
+    search: SearchResult | None  # that found the timetable, for schedule="auto"
     machine: Machine
     layouts: tuple[StateLayout, ...]
     output_tree: OutputTree
@@ -116,14 +131,14 @@ def run_passes(
         cuts=options.cuts,
         owners=_owners(arguments, layouts) if layouts is not None else None,
     )
-    timetable = make_timetable(options.schedule, plan.graph.dag, options.num_microbatches, **options.schedule_options)
+    timetable, search = _choose_timetable(options, plan)
     plan = plan.with_backwards(timetable.is_split)
     if layouts is None:
         layouts = _lay_out(arguments, plan, specs, mesh, axes)
     staged = _jax.copies_rings(platform)
     machine = build_machine(program, plan.graph, timetable, axes, microbatch, layouts, outputs.state_outputs, staged)
     jitted = _jit(build_step(machine, mesh), outputs.updated, options.donate)
-    return Built(arguments, program, plan, timetable, machine, layouts, outputs, jitted)
+    return Built(arguments, program, plan, timetable, search, machine, layouts, outputs, jitted)
 
 
 def microbatch_size(arguments: Arguments, axes: Axes, count: int) -> int:
@@ -148,11 +163,39 @@ def microbatch_size(arguments: Arguments, axes: Axes, count: int) -> int:
     return total // step
 
 
+def _choose_timetable(options: Options, plan: Plan) -> tuple[Timetable, SearchResult | None]:
+    dag, count, extra = plan.graph.dag, options.num_microbatches, dict(options.schedule_options)
+    if options.schedule != AUTO:
+        return make_timetable(options.schedule, dag, count, **extra), None
+    if unknown := [key for key in extra if key not in _SEARCH_OPTIONS]:
+        known = ", ".join(_SEARCH_OPTIONS)
+        raise ScheduleError(f"schedule {AUTO!r} takes {known}, not {', '.join(unknown)}")
+    if not dag.has_backward:
+        return make_timetable("1f1b", dag, count), None
+    if jax.process_count() > 1:
+        raise ScheduleError(
+            f"schedule {AUTO!r} searches for as long as the clock allows, and {jax.process_count()} processes might "
+            "find different timetables. Search once, with jaxpar.schedule.find_timetable on the plan's graph and "
+            "costs, and give all of them the result: schedule=Timetable.from_text(text, dag=...)."
+        )
+    split = extra.pop("split_backward", True)
+    if (limit := extra.pop("memory_bytes", None)) is None:
+        found = [find_timetable(dag, count, plan.with_backwards(split).costs, split_backward=split, **extra)]
+    else:  # a backward that is whole keeps less for each micro-batch
+        found = []
+        for is_split in (False, True) if split else (False,):
+            costs = plan.with_backwards(is_split).costs
+            most = MemoryLimit.in_bytes(dag, costs, limit)
+            found.append(find_timetable(dag, count, costs, split_backward=is_split, memory_limit=most, **extra))
+    best = min(found, key=lambda result: result.makespan)
+    return best.timetable, best
+
+
 def _simulated_seconds(options: Options, dag: StageDag, costs: StageCosts) -> float:
-    """The makespan of a candidate plan. A timetable made by hand fits one plan only: plans are compared under 1F1B."""
-    by_hand = isinstance(options.schedule, Timetable)
-    schedule = "1f1b" if by_hand else options.schedule
-    extra = {} if by_hand else options.schedule_options
+    """The makespan of a candidate plan. A timetable that is made for one plan only: plans are compared under 1F1B."""
+    later = isinstance(options.schedule, Timetable) or options.schedule == AUTO
+    schedule = "1f1b" if later else options.schedule
+    extra = {} if later else options.schedule_options
     return simulate(make_timetable(schedule, dag, options.num_microbatches, **extra), costs).makespan
 
 

@@ -14,11 +14,14 @@ from jaxpar.schedule.greedy import fill_greedily as fill_greedily
 from jaxpar.schedule.interleaved_1f1b import interleaved_1f1b as interleaved_1f1b
 from jaxpar.schedule.kfkb import kfkb as kfkb
 from jaxpar.schedule.looped_bfs import looped_bfs as looped_bfs
+from jaxpar.schedule.memory import MemoryLimit as MemoryLimit
 from jaxpar.schedule.one_f_one_b import one_f_one_b as one_f_one_b
 from jaxpar.schedule.registry import PLACEMENTS as PLACEMENTS
 from jaxpar.schedule.registry import SCHEDULES as SCHEDULES
 from jaxpar.schedule.registry import default_layout as default_layout
 from jaxpar.schedule.registry import make_timetable as make_timetable
+from jaxpar.schedule.search import find_timetable as find_timetable
+from jaxpar.schedule.search_result import SearchResult as SearchResult
 from jaxpar.schedule.simulate import compare_lockstep as compare_lockstep
 from jaxpar.schedule.simulate import simulate as simulate
 from jaxpar.schedule.simulation import Lockstep as Lockstep

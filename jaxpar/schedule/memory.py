@@ -64,13 +64,16 @@ class MemoryLimit:
     def in_bytes(cls, dag: StageDag, costs: StageCosts, most: float | Sequence[float]) -> "MemoryLimit":
         """A limit on the bytes of residuals that `costs` gives; one number, or one for each rank.
 
+        Where I makes more for W than it frees, a stage is counted with as much from its F on.
+
         Raises:
           ScheduleError: the costs have no `residual_bytes`.
         """
         if not costs.residual_bytes:
             raise ScheduleError("a memory limit in bytes needs StageCosts(residual_bytes=...)")
         per_rank = (most,) * dag.num_ranks if isinstance(most, int | float) else tuple(most)
-        return cls(per_rank, costs.residual_bytes, costs.weight_residual_bytes or costs.residual_bytes)
+        kept = costs.weight_residual_bytes or costs.residual_bytes
+        return cls(per_rank, tuple(map(max, costs.residual_bytes, kept)), kept)
 
     def check_for(self, dag: StageDag) -> None:
         """Raise `ScheduleError` if this is not a limit for the graph, or no rank order could keep it."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from jaxpar.errors import ScheduleError
 from jaxpar.lower import Machine, MemoryEstimate, estimate_memory
 from jaxpar.plan import Plan
-from jaxpar.schedule import SCHEDULES, Lockstep, StageCosts, Timetable, compare_lockstep, make_timetable
+from jaxpar.schedule import SCHEDULES, Lockstep, SearchResult, StageCosts, Timetable, compare_lockstep, make_timetable
 from jaxpar.text import format_bytes, format_table
 from jaxpar.trace import Program
 
@@ -23,18 +23,20 @@ _PARTS = {
 }
 
 
-def explain_step(program: Program, plan: Plan, timetable: Timetable, machine: Machine) -> str:
+def explain_step(
+    program: Program, plan: Plan, timetable: Timetable, search: SearchResult | None, machine: Machine
+) -> str:
     """What runs where and when, and what it costs."""
     parts = [
         str(program),
         str(plan),
-        _explain_schedule(plan, timetable),
+        _explain_schedule(plan, timetable, search),
         _explain_memory(estimate_memory(machine), machine),
     ]
     return "\n\n".join([*parts, _explain_programs(machine)])
 
 
-def _explain_schedule(plan: Plan, timetable: Timetable) -> str:
+def _explain_schedule(plan: Plan, timetable: Timetable, search: SearchResult | None) -> str:
     costs = {split: plan.with_backwards(split).costs for split in (False, True)}
     lockstep = compare_lockstep(timetable, costs[timetable.is_split])
     head = (
@@ -43,6 +45,11 @@ def _explain_schedule(plan: Plan, timetable: Timetable) -> str:
         f"lockstep, {lockstep.free.bubble_fraction:.1%} if ranks ran freely (lockstep costs a factor of "
         f"{lockstep.ratio:.3f})."
     )
+    if search is not None:
+        head += (
+            f" Found in {search.seconds:.1f} s; no timetable within the limits of the search takes less than "
+            f"{search.lower_bound / search.makespan:.1%} of its time."
+        )
     return head + (_compare_schedules(timetable, lockstep, costs) if timetable.dag.has_backward else "")
 
 
