@@ -98,7 +98,9 @@ def make_timetable(
 def _call_by_name(name: str, dag: StageDag, num_microbatches: int, options: dict[str, Any]) -> Timetable:
     if name not in SCHEDULES:
         known = ", ".join(map(repr, SCHEDULES))
-        raise ScheduleError(f"no schedule is called {name!r}; known: {known}, or give a function or a Timetable")
+        raise ScheduleError(
+            f"no schedule is called {name!r}; known: {known}, for a step also 'auto'; or give a function or a Timetable"
+        )
     make = SCHEDULES[name]
     _check_options(repr(name), make, options)
     if not dag.has_backward:

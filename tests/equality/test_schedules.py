@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import jaxpar
-from jaxpar.schedule import SCHEDULES, default_layout
+from jaxpar.schedule import SCHEDULES, default_layout, simulate
 from tests.equality.grid import small_case
 from tests.oracle import check_case
 
@@ -59,3 +59,33 @@ def test_actions_run_in_the_timetables_order(schedule, monkeypatch):
     for rank in range(4):
         wanted = [(a.kind, a.microbatch) for a in timetable.order(rank)]
         assert [(kind, m) for r, kind, _, m in done if r == rank] == wanted
+
+
+@pytest.mark.parametrize("limit", [{}, {"memory_limit": 3}, {"memory_bytes": 20_000}, {"split_backward": False}])
+def test_a_timetable_that_is_searched_for(limit):
+    """By the plan's own costs; it is never slower than a named one that fits, and says how far from the bound it is."""
+    options = {"seconds": 1.0, "progress": False, "cache": False, **limit}
+    step = check_case(small_case("mlp", depth=9), {"stage": 4}, 8, "auto", schedule_options=options)
+    result = step._last.search
+    assert result.timetable is step.timetable()
+    almost = result.makespan * (1 - 1e-9)
+    assert result.lower_bound * (1 - 1e-9) <= almost <= min(c.makespan for c in result.candidates if c.fits)
+    assert f"takes less than {result.lower_bound / result.makespan:.1%}" in step.explain()
+    if "memory_limit" in limit:
+        assert max(step.timetable().peak_in_flight_on_rank) <= 3
+    if "memory_bytes" in limit:
+        assert max(simulate(step.timetable(), step.plan().costs).peak_bytes_on_rank) <= 20_000
+    if "split_backward" in limit:
+        assert not step.timetable().is_split
+
+
+def test_options_of_the_search():
+    case = small_case("mlp")
+    mesh = jax.make_mesh((2,), ("stage",), devices=jax.devices()[:2])
+    step = jaxpar.parallelize(case.step, mesh=mesh, num_microbatches=4, schedule="auto", schedule_options={"extra": 1})
+    with pytest.raises(jaxpar.ScheduleError, match=r"'auto' takes memory_limit, memory_bytes.*not extra"):
+        step.plan(case.state, case.batch)
+
+
+def test_evaluation_needs_no_search():
+    check_case(small_case("forward_only"), {"stage": 2}, 4, "auto")
