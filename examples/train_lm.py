@@ -239,7 +239,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--data", type=int, default=2, help="data-parallel replicas of each stage")
     parser.add_argument("--microbatches", type=int, default=16)
-    parser.add_argument("--schedule", default="1f1b")
+    parser.add_argument("--schedule", default="1f1b", help="gpipe, zb_h1, zb_v, auto, ...; default: %(default)s")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=64, help="tokens of an example")
