@@ -8,6 +8,7 @@ backward: each part waits in a mailbox of its own, as long as it is needed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,19 +62,22 @@ def colour_channels(graph: StageGraph) -> Routing:
 
 def colour_edges(edges: Sequence[tuple[int, int]]) -> list[int]:
     """A colour for each (source, destination), no two of a source or of a destination alike, with as few colours as
-    possible.
+    possible: equal neighbours get equal ones where they can, so that equal stages send alike.
 
     >>> colour_edges([(0, 1), (1, 2), (0, 2)])
     [0, 0, 1]
     """
+    degree = max(Counter(end for src, dst in edges for end in (("out", src), ("in", dst))).values(), default=0)
     colour: list[int] = []
     out: dict[tuple[int, int], int] = {}  # (source, colour) -> edge
     into: dict[tuple[int, int], int] = {}  # (destination, colour) -> edge
     for i, (src, dst) in enumerate(edges):
         colour.append(-1)
-        a = next(c for c in range(len(edges) + 1) if (src, c) not in out)
-        b = next(c for c in range(len(edges) + 1) if (dst, c) not in into)
-        if a != b:
+        both = (c for c in range(degree) if (src, c) not in out and (dst, c) not in into)
+        a = next(both, -1)
+        if a < 0:
+            a = next(c for c in range(degree) if (src, c) not in out)
+            b = next(c for c in range(degree) if (dst, c) not in into)
             _swap_path(edges, colour, out, into, dst, a, b)
         colour[i] = a
         out[src, a] = into[dst, a] = i

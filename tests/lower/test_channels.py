@@ -36,6 +36,12 @@ def test_a_chain_takes_one_channel_each_way():
     assert set(colour_edges([(s, s + 1) for s in range(7)])) == {0}
 
 
+def test_a_v_takes_two_channels_one_for_each_direction():
+    """So stages between two others send alike, and share their programs."""
+    down, up = [(r, r + 1) for r in range(7)], [(r + 1, r) for r in reversed(range(7))]
+    assert colour_edges([*down, *up]) == [0] * 7 + [1] * 7
+
+
 @pytest.mark.parametrize("name", ["mlp", "towers", "unet"])
 def test_bundles_travel_on_permutations(name):
     """Every rank sends to at most one other on a channel, and receives from one at most."""
