@@ -51,7 +51,7 @@ def make_zero_bubble(costs: StageCosts, num_microbatches: int, limit: float, slo
 def _count_share(costs: StageCosts, share: float) -> StageCosts:
     """The costs with what W needs raised to at least that share of the residuals."""
     kept = costs.weight_residual_bytes or costs.residual_bytes
-    raised = (max(part, share * whole) for part, whole in zip(kept, costs.residual_bytes, strict=True))
+    raised = (max(part, round(share * whole)) for part, whole in zip(kept, costs.residual_bytes, strict=True))
     return replace(costs, weight_residual_bytes=tuple(raised))
 
 

@@ -42,7 +42,7 @@ def read_csv(text: str, dag: StageDag) -> list[Row]:
     >>> read_csv("0F0,0B0\\n,(1F0;1B0)OVERLAP_F_B", StageDag.chain(2))
     [[0F0, 0B0], [None, 1F0, 1B0]]
     """
-    lines = list(csv.reader(io.StringIO(text.rstrip("\n"))))
+    lines = list(csv.reader(io.StringIO(text.rstrip("\r\n"))))
     problems: list[str] = []
     rows = [list(_read_row(line, rank, dag, problems)) for rank, line in enumerate(lines)]
     if problems:

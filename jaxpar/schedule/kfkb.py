@@ -40,8 +40,8 @@ def kfkb(dag: StageDag, num_microbatches: int, *, k: int | Sequence[int] = 2, ex
     rank 0 | 0F0 0F1 0F2 0F3 0B0 0B1  .   .  0B2 0B3
     rank 1 |  .  1F0 1F1 1B0 1B1 1F2 1F3 1B2 1B3  .
     """
-    group = (k,) * dag.num_stages if isinstance(k, int) else tuple(k)
-    if len(group) != dag.num_stages or min(group) < 1:
+    group = tuple(k) if isinstance(k, Sequence) else (k,) * dag.num_stages
+    if len(group) != dag.num_stages or not all(isinstance(size, int) and size >= 1 for size in group):
         raise ScheduleError(f"kfkb: k is at least 1, one number or one for each of {dag.num_stages} stages, got {k}")
     limit = [0] * dag.num_stages
     for stage in reversed(dag.forward_order):

@@ -23,7 +23,7 @@ class RankOrder:
     def do(self, kinds: str, stage: int, times: int = 1) -> "RankOrder":
         """Append one action of each kind, in that order, `times` over; a B counts as an I and a W."""
         for kind in kinds * times:
-            self.actions.append(Action(kind, stage, self.count("I" if kind == "B" else kind, stage)))  # type: ignore
+            self.actions.append(Action(kind, stage, self.count("I" if kind == "B" else kind, stage)))  # type: ignore[arg-type]
             self._next.update((part, stage) for part in ("IW" if kind == "B" else kind))
         return self
 

@@ -66,9 +66,7 @@ def _run_in_lockstep(timetable: Timetable, costs: StageCosts) -> Iterator[tuple[
     exchanges = _find_exchanges(timetable.dag, costs)
     sent = dict.fromkeys(exchanges, 0.0)
     ends = [0.0 for _ in ranks]
-    waves = [
-        ends
-    ] * timetable.exchange  # waves[-d][r]: when all of tick t-d is on rank r; before tick 0 nothing is sent
+    waves = [ends] * timetable.exchange  # waves[-d][r]: when all of tick t-d is on rank r; none before tick 0
     for cells in timetable.grid:
         ends = [max(ends[r], waves[0][r]) for r in ranks]
         for rank, action in enumerate(cells):

@@ -40,19 +40,20 @@ def _explain_schedule(plan: Plan, timetable: Timetable) -> str:
         f"lockstep, {lockstep.free.bubble_fraction:.1%} if ranks ran freely (lockstep costs a factor of "
         f"{lockstep.ratio:.3f})."
     )
-    rows = [("schedule", "makespan", "bubble", "most in flight per rank")]
+    rows = [("schedule", "makespan", "bubble", "residuals", "most in flight per rank")]
     for name, options in (("1f1b", {}), ("1f1b", {"extra": 0}), ("gpipe", {})):
         if not timetable.dag.has_backward:
             break
         other = make_timetable(name, timetable.dag, timetable.num_microbatches, **options)
         result = simulate(other, costs)
         label = name + (" extra=0" if options else "")
+        relative = f"{result.makespan / lockstep.executor.makespan:.3f}"
         peak = " ".join(map(str, result.peak_in_flight_on_rank))
-        rows.append(
-            (label, f"{result.makespan / lockstep.executor.makespan:.3f}", f"{result.bubble_fraction:.1%}", peak)
-        )
+        memory = format_bytes(max(result.peak_bytes_on_rank))
+        rows.append((label, relative, f"{result.bubble_fraction:.1%}", memory, peak))
     table = (
-        "\nOf this step's stages, makespan relative to the schedule in use:\n" + format_table(rows)
+        "\nOf this step's stages, makespan relative to the schedule in use, residuals of the fullest rank:\n"
+        + format_table(rows)
         if len(rows) > 1
         else ""
     )

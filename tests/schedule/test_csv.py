@@ -15,6 +15,8 @@ def test_round_trips(dag, num_microbatches, exchange, schedule):
     timetable = schedule(dag, num_microbatches, exchange=exchange)
     again = Timetable.from_csv(timetable.to_csv(), dag=dag, name=timetable.name, exchange=exchange)
     assert again == timetable
+    as_pytorch_ends_lines = timetable.to_csv().replace("\n", "\r\n")
+    assert Timetable.from_csv(as_pytorch_ends_lines, dag=dag, name=timetable.name, exchange=exchange) == timetable
 
 
 def test_golden():

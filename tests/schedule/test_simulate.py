@@ -20,6 +20,7 @@ from jaxpar.schedule import (
     one_f_one_b,
     simulate,
     zb_h1,
+    zb_h2,
 )
 
 from .strategies import dags, exchanges, microbatches
@@ -155,6 +156,20 @@ def test_by_hand_a_rank_that_blocks_does_nothing_else_until_what_it_sends_has_ar
         assert [run.start[a] for a in actions] == [0, 3, 3, 6]
     run = simulate(timetable, StageCosts((1, 10), transfer=2), mode="blocking")
     assert run.start[actions[-1]] == 3 + 10, "what was sent meanwhile is there"
+
+
+@pytest.mark.parametrize("make", [one_f_one_b, zb_h1, zb_h2])
+@pytest.mark.parametrize("mode", ["free", "blocking"])
+def test_steps_without_a_barrier_between_them_take_the_longest_span_each(make, mode):
+    dag, costs = StageDag.chain(4), StageCosts((3.0,) * 4, (5.0,) * 4, 0.25, (2.5,) * 4)
+    step = make(dag, 12)
+    orders = [step.order(rank) for rank in range(4)]
+    later = [[replace(action, microbatch=action.microbatch + 12) for action in order] for order in orders]
+    both = Timetable.from_orders("two steps", dag, 24, [[*a, *b] for a, b in zip(orders, later, strict=True)])
+    alone = simulate(step, costs, mode=mode)
+    more = simulate(both, costs, mode=mode).makespan - alone.makespan
+    send = 0.25 if mode == "blocking" else 0.0  # after its last action a rank may send
+    assert max(alone.span) <= more <= max(alone.span) + send
 
 
 def test_memory_in_bytes_by_hand():
