@@ -137,14 +137,14 @@ def vary_rules(rules: Rules, others: Rules, problem: SearchProblem, rng: np.rand
     for name in ("limit", "most_pending"):
         entry, other = getattr(rules, name), getattr(others, name)
         entry[:] = np.where(rows(6), other, entry)
-    kind = rng.integers(0, 3, count)[:, None, None] == np.arange(3)[:, None]
+    kind = rng.integers(0, 3, (count, 1, 1)) == np.arange(3)[:, None]
     longer = np.where(kind & rows(8)[:, None, :], np.sign(step)[:, None], 0)
     rules.pause[:] = np.clip(rules.pause + longer, 0, 8)
     odd = change == 7
     which = rng.integers(0, 3, count)
     rules.fill[odd & (which == 0)] ^= True
     rules.age[odd & (which == 1)] = rng.choice([0.0, 0.01, 0.1, 1.0])
-    bit: np.ndarray = np.left_shift(np.ones_like(rules.period), rng.integers(0, rules.period))
+    bit = np.left_shift(np.ones_like(rules.period), rng.integers(0, rules.period))
     flipped = rules.slots ^ bit[:, None, None]
     rules.slots[:] = np.where((odd & (which == 2))[:, None, None] & kind & where[:, None, :], flipped, rules.slots)
 

@@ -27,8 +27,8 @@ class LocalSearch:
     """Improves a timetable; `best` is the least makespan so far, `best_steps` its cells.
 
     A job is `3 (s M + m) + kind` with kinds F, B or I, and W; `whole[s M + m]` says whether the second is a B, and then
-    there is no third. `at[job]` is its tick. `work` is about the seconds that it took, counted and not measured, so that
-    a search that is bounded by it is the same on every machine.
+    there is no third. `at[job]` is its tick. `work` is about the seconds that it took, counted and not measured,
+    so that a search that is bounded by it is the same on every machine.
     """
 
     def __init__(self, problem: SearchProblem, timetable: Timetable, seed: int):

@@ -3,9 +3,9 @@
 All named schedules that take the graph are candidates. Then list scheduling under varied rules
 (`jaxpar.schedule.evolve`), then simulated annealing on the cells of the best (`jaxpar.schedule.improve`). It stops when
 the makespan meets the lower bound (`jaxpar.schedule.bounds`), and is not optimal otherwise: the gap is what it may be
-off by. How much is tried is bounded by a count of the work, not the clock, so the result is the same each time, unless the
-clock ends the search (`finished` is then false). Could be improved: a bound that knows the
-executor's waiting, changes that shift whole micro-batches.
+off by. What is tried is bounded by a count of the work, so the result is the same each time, unless the clock ends the
+search (`finished` is then false). Could be improved: a bound that knows the executor's waiting, and changes that shift
+whole micro-batches, for equal stages with whole backwards and memory for little more than a micro-batch a stage.
 """
 
 import dataclasses

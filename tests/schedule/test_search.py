@@ -210,8 +210,3 @@ def test_costs_of_another_graph_and_no_micro_batches():
         find_timetable(CHAIN, 4, StageCosts.uniform(3), cache=False)
     with pytest.raises(ScheduleError, match="at least one micro-batch, got 0"):
         find_timetable(CHAIN, 0, COSTS, cache=False)
-
-
-def test_memory_limits_that_make_no_sense():
-    with pytest.raises(ScheduleError, match=r"per_rank\[0\] = -1 < 0; kept\[0\] = 2.0 is more than held\[0\] = 1.0"):
-        MemoryLimit((-1,), (1.0,), (2.0,))
