@@ -21,12 +21,14 @@ _FORWARD_FIRST = (2.0, 1.0, 0.0)
 class Evolution:
     """The rules of one exchange that did best so far, and generations to better them.
 
-    `makespan` and `steps` are of the best timetable found.
+    `makespan` and `steps` are of the best timetable found; `work` is about the seconds that it took, counted and not
+    measured, so that a search that is bounded by it is the same on every machine.
     """
 
     def __init__(self, problem: SearchProblem, exchange: int, rng: np.random.Generator):
         self.problem, self.exchange, self.rng = problem, exchange, rng
         self.makespan = np.inf
+        self.work = 0.0
         self.steps: list[list[Step]] = []
         self.parents = first = list_first_rules(problem)
         self.makespans = np.empty(0)
@@ -42,6 +44,8 @@ class Evolution:
 
     def _judge(self, rules: Rules, filled: Filled) -> None:
         """Keep the best rows of the parents before and `filled`; of equal ones the later, so that they drift."""
+        rows = len(filled.makespan)
+        self.work += len(filled.steps) * (1e-4 + rows * 1.2e-7 * self.problem.dag.num_stages)
         k = int(filled.makespan.argmin())
         if filled.makespan[k] < self.makespan * (1 - 1e-9):
             self.makespan, self.steps = float(filled.makespan[k]), filled.row(k)
@@ -133,14 +137,15 @@ def vary_rules(rules: Rules, others: Rules, problem: SearchProblem, rng: np.rand
     for name in ("limit", "most_pending"):
         entry, other = getattr(rules, name), getattr(others, name)
         entry[:] = np.where(rows(6), other, entry)
-    kind = rng.integers(0, 3, count)[:, None, None] == np.arange(3)[:, None]
+    kind = rng.integers(0, 3, (count, 1, 1)) == np.arange(3)[:, None]
     longer = np.where(kind & rows(8)[:, None, :], np.sign(step)[:, None], 0)
     rules.pause[:] = np.clip(rules.pause + longer, 0, 8)
     odd = change == 7
     which = rng.integers(0, 3, count)
     rules.fill[odd & (which == 0)] ^= True
     rules.age[odd & (which == 1)] = rng.choice([0.0, 0.01, 0.1, 1.0])
-    flipped = rules.slots ^ (1 << rng.integers(0, rules.period)[:, None, None])
+    bit = np.left_shift(np.ones_like(rules.period), rng.integers(0, rules.period))
+    flipped = rules.slots ^ bit[:, None, None]
     rules.slots[:] = np.where((odd & (which == 2))[:, None, None] & kind & where[:, None, :], flipped, rules.slots)
 
 

@@ -19,6 +19,7 @@ _REACH = 6  # ticks over which a cell is moved
 _SPARE = 4  # idle ticks at the end, to move into
 _PATH_LIFE = 24  # tries before another longest path is looked for
 _IDLE = -1
+_TRY, _MEASURE = 1.4e-5, 1.4e-6  # seconds of a change that is tried, and of a cell that is measured anew, about
 Change = list[tuple[int, int]]  # the new content of some ticks of a rank, in order
 
 
@@ -26,11 +27,13 @@ class LocalSearch:
     """Improves a timetable; `best` is the least makespan so far, `best_steps` its cells.
 
     A job is `3 (s M + m) + kind` with kinds F, B or I, and W; `whole[s M + m]` says whether the second is a B, and then
-    there is no third. `at[job]` is its tick.
+    there is no third. `at[job]` is its tick. `work` is about the seconds that it took, counted and not measured,
+    so that a search that is bounded by it is the same on every machine.
     """
 
     def __init__(self, problem: SearchProblem, timetable: Timetable, seed: int):
         self.problem, self.exchange, self.random = problem, timetable.exchange, random.Random(seed)
+        self.work = 0.0
         self._read(strip_microbatches(timetable))
         self._connect_jobs()
         self._connect_rows()
@@ -46,15 +49,16 @@ class LocalSearch:
         self.path: list[tuple[int, int]] = []
         self.path_age = 0
 
-    def run(self, enough: float, going: Callable[[], bool], tries: int, *, heat: float) -> None:
-        """Try `tries` changes, until `best` is `enough` or `going()` is false.
+    def run(self, enough: float, going: Callable[[], bool], work: float, *, heat: float) -> None:
+        """Try changes for so much `work`, until `best` is `enough` or `going()` is false.
 
         A change for the worse is taken now and then, by `heat` mean actions at first and by none in the end.
         """
-        for turn in range(tries):
-            if self.best <= enough or (turn % 64 == 0 and not going()):
-                break
-            self._try(heat * self.unit * (1 - turn / tries) ** 2)
+        turn, most = 0, self.work + work
+        while self.work < most and self.best > enough and (turn % 64 or going()):
+            self._try(heat * self.unit * ((most - self.work) / work) ** 2)
+            self.work += _TRY
+            turn += 1
 
     # -- reading and writing ---------------------------------------------------------------------------------------
 
@@ -202,6 +206,7 @@ class LocalSearch:
                 rows.remove(row)
                 line = values[row]
                 before = line[tick - step] if 0 <= tick - step < self.ticks else outside
+                self.work += _MEASURE
                 value = measure(row, tick, before, self.cells[row][tick])
                 if value != line[tick]:
                     line[tick] = value

@@ -107,8 +107,14 @@ class SearchProblem:
 
     def accepts(self, timetable: Timetable) -> bool:
         """Whether a valid timetable keeps the memory limit and splits backwards only if that is allowed."""
+        return not self.objection(timetable)
+
+    def objection(self, timetable: Timetable) -> str:
+        """Why a valid timetable is not allowed; empty if it is."""
+        if self.memory is not None and not self.memory.fits(timetable):
+            return "too much memory"
         split = any(action is not None and action.kind == "I" for cells in timetable.grid for action in cells)
-        return (self.split_backward or not split) and (self.memory is None or self.memory.fits(timetable))
+        return "splits backwards" if split and not self.split_backward else ""
 
 
 def number_microbatches(

@@ -3,13 +3,14 @@
 All named schedules that take the graph are candidates. Then list scheduling under varied rules
 (`jaxpar.schedule.evolve`), then simulated annealing on the cells of the best (`jaxpar.schedule.improve`). It stops when
 the makespan meets the lower bound (`jaxpar.schedule.bounds`), and is not optimal otherwise: the gap is what it may be
-off by. How much is tried follows from the size and `seconds` alone, so the result is the same each time, unless the
-clock ends the search (`finished` is then false). Could be improved: a bound that knows the
-executor's waiting, changes that shift whole micro-batches.
+off by. What is tried is bounded by a count of the work, so the result is the same each time, unless the clock ends the
+search (`finished` is then false). Could be improved: a bound that knows the executor's waiting, and changes that shift
+whole micro-batches, for equal stages with whole backwards and memory for little more than a micro-batch a stage.
 """
 
 import dataclasses
 import inspect
+import itertools
 import logging
 import os
 import sys
@@ -35,6 +36,8 @@ from jaxpar.schedule.timetable import Timetable
 from jaxpar.schedule.validate import validate_timetable
 
 _VERSION = 1  # of the algorithm, for the cache
+_VARIANTS = {"extra": (None, 0), "exchange": (1, 2)}  # options of named schedules to try; None is the default
+_EVOLVING, _ANNEALING = 0.2, 0.33  # shares of the time, by a count of the work, so that no clock decides
 _LONG_RUNS = 3  # of annealing, after a short one for each start
 _HEATS = (0.25, 1.0)  # by turns; of the mean time of an action
 _remembered: dict[str, "SearchResult"] = {}
@@ -111,9 +114,9 @@ class _Run:
 
     def search(self) -> SearchResult:
         """All phases, until the bound is met, the work is done, or the time is over."""
-        for name, timetable in self.named.items():
-            if self.problem.accepts(timetable):
-                self._offer(dataclasses.replace(timetable, name=f"auto ({name})"))
+        allowed = [(name, timetable) for name, timetable in self.named.items() if self.problem.accepts(timetable)]
+        for name, timetable in sorted(allowed, key=lambda entry: max(entry[1].peak_in_flight_on_rank)):
+            self._offer(dataclasses.replace(timetable, name=f"auto ({name})"))  # of equal ones, the least in flight
         starts = self._evolve()
         if self.best is not None and self.makespan > self.enough:
             starts.append(self.best)
@@ -132,43 +135,32 @@ class _Run:
         """The best of list scheduling for exchange 1 and for 2."""
         if self.makespan <= self.enough:
             return []
-        runs = {}
+        runs = []
         for exchange in (1, 2):
-            runs[exchange] = Evolution(self.problem, exchange, np.random.default_rng([self.seed, exchange]))
-            self._offer_steps(runs[exchange])
-        for _ in range(self._plan_generations()):
-            for run in runs.values():
-                if self.makespan <= self.enough or not self._going():
-                    break
-                run.advance()
-                self._offer_steps(run)
-        return [number_microbatches(self.problem, run.steps, exchange) for exchange, run in runs.items()]
+            if self.makespan > self.enough and self._going():
+                runs.append(Evolution(self.problem, exchange, np.random.default_rng([self.seed, exchange])))
+                self._offer_steps(runs[-1])
+        for turn in itertools.count():
+            done = self.makespan <= self.enough or sum(run.work for run in runs) > _EVOLVING * self.seconds
+            if done or not self._going():
+                break
+            runs.sort(key=lambda run: run.makespan)
+            run = runs[turn % 4 == 3 and len(runs) > 1]  # the one that lags behind has a turn in four
+            run.advance()
+            self._offer_steps(run)
+        return [number_microbatches(self.problem, run.steps, run.exchange) for run in runs]
 
     def _anneal(self, starts: list[Timetable]) -> None:
         """Anneal each start for a while, then the best of them for longer."""
-        tries = self._plan_tries()
+        work = _ANNEALING * self.seconds
         for seed, start in enumerate([*starts, *[None] * _LONG_RUNS]):
             if self.makespan <= self.enough or not self._going():
                 break
             begin = start or self.best
             assert begin is not None
             local = LocalSearch(self.problem, begin, seed=1000 * self.seed + seed)
-            local.run(self.enough, self._going, tries // (8 if start else 4), heat=_HEATS[seed % len(_HEATS)])
+            local.run(self.enough, self._going, work / (8 if start else 4), heat=_HEATS[seed % len(_HEATS)])
             self._offer_steps(local)
-
-    def _plan_generations(self) -> int:
-        """As many as take about a fifth of the time; measured on one core of 2020."""
-        stages, ticks = self.problem.dag.num_stages, self._guess_ticks()
-        return round(0.2 * self.seconds / (ticks * 2 * (1e-4 + 1.2e-5 * stages)))
-
-    def _plan_tries(self) -> int:
-        """As many as take about a third of the time."""
-        jobs = 3 * self.problem.dag.num_stages * self.problem.num_microbatches
-        return round(0.33 * self.seconds / (1.5e-5 + 1.5e-8 * jobs))
-
-    def _guess_ticks(self) -> int:
-        stages = max(map(len, self.problem.stages_on))
-        return 3 * (self.problem.num_microbatches * stages + max(self.problem.dag.depth))
 
     def _offer_steps(self, found: Evolution | LocalSearch) -> None:
         makespan = found.makespan if isinstance(found, Evolution) else found.best
@@ -192,11 +184,13 @@ class _Run:
 
 
 def _make_named(problem: SearchProblem) -> dict[str, Timetable]:
-    """The named schedules that take the graph, with exchange 1 and 2 where they leave the choice; equal ones once."""
+    """The named schedules that take the graph, in several variants where they leave a choice; equal ones once."""
     made: dict[str, Timetable] = {}
     for name, schedule in SCHEDULES.items():
-        choice = "exchange" in inspect.signature(schedule).parameters
-        for options in ({"exchange": 1}, {"exchange": 2}) if choice else ({},):
+        takes = inspect.signature(schedule).parameters
+        choices = {option: values for option, values in _VARIANTS.items() if option in takes}
+        for chosen in itertools.product(*choices.values()):
+            options = {option: value for option, value in zip(choices, chosen, strict=True) if value is not None}
             try:
                 timetable = make_timetable(name, problem.dag, problem.num_microbatches, **options)
             except ScheduleError as error:
@@ -205,7 +199,8 @@ def _make_named(problem: SearchProblem) -> dict[str, Timetable]:
             if not any(
                 timetable.grid == other.grid and timetable.exchange == other.exchange for other in made.values()
             ):
-                made[f"{timetable.name}, exchange {timetable.exchange}"] = timetable
+                label = ", ".join([timetable.name, *(f"{option} {value}" for option, value in options.items())])
+                made[label] = timetable
     return made
 
 

@@ -27,14 +27,22 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What a timetable would cost: by the executor's ticks, running freely, and the most that a rank holds."""
+    """What a timetable would cost: by the executor's ticks, running freely, and the most that a rank holds.
+
+    `objection` says why it is not allowed, and is empty if it is.
+    """
 
     name: str
     makespan: float
     free: float
     bubble_fraction: float
     memory: float
-    fits: bool
+    objection: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it keeps the limits of the search."""
+        return not self.objection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +84,7 @@ class SearchResult:
                 f"{c.free:.4g}",
                 f"{c.bubble_fraction:.1%}",
                 f"{c.memory:.4g}",
-                "" if c.fits else "does not fit",
+                c.objection,
             )
             for c in self.candidates
         ]
@@ -91,7 +99,7 @@ def cost_candidate(name: str, timetable: Timetable, problem: SearchProblem) -> C
     free = simulate(timetable, problem.costs, mode="free")
     memory = problem.memory or MemoryLimit.in_microbatches(problem.dag, 0)
     peak = max(memory.peaks(timetable))
-    return Candidate(name, run.makespan, free.makespan, run.bubble_fraction, peak, problem.accepts(timetable))
+    return Candidate(name, run.makespan, free.makespan, run.bubble_fraction, peak, problem.objection(timetable))
 
 
 def _percent(makespan: float, lower_bound: float) -> str:
