@@ -4,7 +4,7 @@ A timetable is a graph of cells, each waiting for its rank's cell a tick before 
 ticks before. With `head` the time from the start of the step to the end of a cell and `tail` from its start to the end
 of the step, both over the longest path, a change of a few cells is judged without running the rest: the longest path
 through the changed cells takes their new heads and tails (Taillard 1994, "Parallel taboo search techniques for the job
-shop scheduling problem", section 3.2). Changes start at cells on a longest path, for others alone can't help. Worse
+shop scheduling problem"). Changes start at cells on a longest path, for others alone can't help. Worse
 ones are taken now and then, ever more rarely (simulated annealing).
 """
 
