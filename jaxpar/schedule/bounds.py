@@ -18,7 +18,7 @@ done k of everything it does for a micro-batch up to that I, and when the k-th l
 
 **One machine.** What a rank does is a set of jobs with a head, a duration and a tail, one at a time. If jobs may be
 interrupted, doing the one with the longest tail first is optimal (Jackson's preemptive rule: Carlier 1982, "The
-one-machine sequencing problem", EJOR 11, section 3.3), and its makespan bounds that of any order without interruption.
+one-machine sequencing problem", EJOR 11), and its makespan bounds that of any order without interruption.
 It is at least the fill before the rank's first action + its work + the drain after its last.
 
 A whole B is one I and one W done at once, so a bound for split backwards holds for whole ones; if backwards may not

@@ -42,6 +42,12 @@ class Evolution:
         filled = fill_many(self.problem, children, self.exchange, cutoff=float(self.makespans[-1]) * (1 + 1e-9))
         self._judge(Rules.join(self.parents, children), filled)
 
+    def list_others(self, most: int) -> list[list[list[Step]]]:
+        """Timetables of parents that take other times than the best and each other, the best of them first."""
+        order = np.unique(self.makespans.round(9), return_index=True)[1][1 : most + 1]
+        filled = fill_many(self.problem, self.parents.take(order), self.exchange)
+        return [filled.row(k) for k in range(len(order))]
+
     def _judge(self, rules: Rules, filled: Filled) -> None:
         """Keep the best rows of the parents before and `filled`; of equal ones the later, so that they drift."""
         rows = len(filled.makespan)

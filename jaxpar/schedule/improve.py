@@ -4,7 +4,7 @@ A timetable is a graph of cells, each waiting for its rank's cell a tick before 
 ticks before. With `head` the time from the start of the step to the end of a cell and `tail` from its start to the end
 of the step, both over the longest path, a change of a few cells is judged without running the rest: the longest path
 through the changed cells takes their new heads and tails (Taillard 1994, "Parallel taboo search techniques for the job
-shop scheduling problem", section 3.2). Changes start at cells on a longest path, for others alone can't help. Worse
+shop scheduling problem"). Changes start at cells on a longest path, for others alone can't help. Worse
 ones are taken now and then, ever more rarely (simulated annealing).
 """
 
@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from jaxpar.schedule.problem import SearchProblem, Step, strip_microbatches
 from jaxpar.schedule.timetable import Timetable
 
-_REACH = 6  # ticks over which a cell is moved
+_REACH, _FAR_REACH = 6, 24  # ticks over which a cell is moved, mostly and at times
 _SPARE = 4  # idle ticks at the end, to move into
 _PATH_LIFE = 24  # tries before another longest path is looked for
 _IDLE = -1
-_TRY, _MEASURE = 1.4e-5, 1.4e-6  # seconds of a change that is tried, and of a cell that is measured anew, about
+_TRY, _MEASURE = 7e-6, 7e-7  # seconds of a change that is tried, and of a cell that is measured anew, about
 Change = list[tuple[int, int]]  # the new content of some ticks of a rank, in order
 
 
@@ -262,6 +262,7 @@ class LocalSearch:
         """Propose one change and take it if it is valid and good enough."""
         if self.path_age <= 0:
             self.path, self.path_age = self._find_longest_path(), _PATH_LIFE
+            self.work += 2 * _MEASURE * len(self.path)
         self.path_age -= 1
         rank, tick = self.random.choice(self.path)
         if self.random.random() < 0.1:
@@ -278,7 +279,8 @@ class LocalSearch:
     def _propose(self, rank: int, tick: int, kind: float) -> Change | None:
         """Swap two cells that are near, or move one and shift those between."""
         row = self.cells[rank]
-        other = tick + self.random.choice([-1, 1]) * (1 if kind < 0.5 else self.random.randint(2, _REACH))
+        reach = _REACH if self.random.random() < 0.8 else _FAR_REACH
+        other = tick + self.random.choice([-1, 1]) * (1 if kind < 0.5 else self.random.randint(2, reach))
         if not 0 <= other < self.ticks or row[tick] == row[other] == _IDLE:
             return None
         if kind < 0.75:

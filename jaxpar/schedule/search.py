@@ -38,6 +38,7 @@ from jaxpar.schedule.validate import validate_timetable
 _VERSION = 1  # of the algorithm, for the cache
 _VARIANTS = {"extra": (None, 0), "exchange": (1, 2)}  # options of named schedules to try; None is the default
 _EVOLVING, _ANNEALING = 0.2, 0.33  # shares of the time, by a count of the work, so that no clock decides
+_OTHERS = 2  # further starts for each exchange
 _LONG_RUNS = 3  # of annealing, after a short one for each start
 _HEATS = (0.25, 1.0)  # by turns; of the mean time of an action
 _remembered: dict[str, "SearchResult"] = {}
@@ -132,7 +133,7 @@ class _Run:
         return SearchResult(timetable, found.makespan, self.bounds, (*rows, found), spent, self.finished)
 
     def _evolve(self) -> list[Timetable]:
-        """The best of list scheduling for exchange 1 and for 2."""
+        """The best of list scheduling for exchange 1 and for 2, to start from."""
         if self.makespan <= self.enough:
             return []
         runs = []
@@ -148,7 +149,10 @@ class _Run:
             run = runs[turn % 4 == 3 and len(runs) > 1]  # the one that lags behind has a turn in four
             run.advance()
             self._offer_steps(run)
-        return [number_microbatches(self.problem, run.steps, run.exchange) for run in runs]
+        if self.makespan <= self.enough:
+            return []
+        found = [(run, steps) for run in runs for steps in (run.steps, *run.list_others(_OTHERS))]
+        return [number_microbatches(self.problem, steps, run.exchange) for run, steps in found]
 
     def _anneal(self, starts: list[Timetable]) -> None:
         """Anneal each start for a while, then the best of them for longer."""
@@ -159,7 +163,12 @@ class _Run:
             begin = start or self.best
             assert begin is not None
             local = LocalSearch(self.problem, begin, seed=1000 * self.seed + seed)
-            local.run(self.enough, self._going, work / (8 if start else 4), heat=_HEATS[seed % len(_HEATS)])
+            local.run(
+                self.enough,
+                self._going,
+                work / 2 / (len(starts) if start else _LONG_RUNS),
+                heat=_HEATS[seed % len(_HEATS)],
+            )
             self._offer_steps(local)
 
     def _offer_steps(self, found: Evolution | LocalSearch) -> None:
