@@ -1,6 +1,7 @@
 """Timetables: which rank does what in which tick. Pure Python and NumPy, no JAX."""
 
 from jaxpar.schedule.action import Action as Action
+from jaxpar.schedule.bounds import bound_makespan as bound_makespan
 from jaxpar.schedule.costs import Link as Link
 from jaxpar.schedule.costs import StageCosts as StageCosts
 from jaxpar.schedule.dag import Placement as Placement
@@ -8,6 +9,7 @@ from jaxpar.schedule.dag import StageDag as StageDag
 from jaxpar.schedule.dag import place_stages as place_stages
 from jaxpar.schedule.dualpipe_v import dualpipe_v as dualpipe_v
 from jaxpar.schedule.eager_1f1b import eager_1f1b as eager_1f1b
+from jaxpar.schedule.exact import find_optimum as find_optimum
 from jaxpar.schedule.forward_only import forward_only as forward_only
 from jaxpar.schedule.gpipe import gpipe as gpipe
 from jaxpar.schedule.greedy import fill_greedily as fill_greedily
@@ -16,6 +18,7 @@ from jaxpar.schedule.kfkb import kfkb as kfkb
 from jaxpar.schedule.looped_bfs import looped_bfs as looped_bfs
 from jaxpar.schedule.memory import MemoryLimit as MemoryLimit
 from jaxpar.schedule.one_f_one_b import one_f_one_b as one_f_one_b
+from jaxpar.schedule.problem import SearchProblem as SearchProblem
 from jaxpar.schedule.registry import PLACEMENTS as PLACEMENTS
 from jaxpar.schedule.registry import SCHEDULES as SCHEDULES
 from jaxpar.schedule.registry import default_layout as default_layout

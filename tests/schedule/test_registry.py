@@ -38,7 +38,11 @@ def test_options_about_backwards_are_without_effect_on_a_forward_only_graph():
     ("schedule", "options", "message"),
     [
         ("zb", {}, "no schedule is called 'zb'; known: 'gpipe', '1f1b'"),
-        ("zb", {}, "known: .*'kfkb'.*'interleaved_1f1b'.*'zb_v'.*'dualpipe_v', for a step also 'auto'; or give a function or a Timetable"),
+        (
+            "zb",
+            {},
+            "known: .*'kfkb'.*'interleaved_1f1b'.*'zb_v'.*'dualpipe_v', for a step also 'auto'; or give a func",
+        ),
         ("kfkb", {"k": 0}, r"kfkb: k is at least 1, one number or one for each of 3 stages, got 0"),
         ("kfkb", {"k": 1.5}, r"kfkb: k is at least 1, .* got 1.5"),
         ("kfkb", {"k": (1, 2)}, r"kfkb: k is at least 1, .* got \(1, 2\)"),
