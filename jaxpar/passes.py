@@ -59,7 +59,7 @@ class Options:
 
     def rank_of(self, num_ranks: int) -> tuple[int, ...]:
         """The rank of each stage: as asked for, or as the schedule needs it."""
-        if isinstance(self.schedule, Timetable):
+        if isinstance(self.schedule, Timetable) and self.schedule.dag.num_ranks == num_ranks:
             return self.schedule.dag.rank_of
         count, placement = default_layout(self.schedule)
         return place_stages((self.stages_per_rank or count) * num_ranks, num_ranks, self.placement or placement)  # type: ignore[arg-type]

@@ -143,7 +143,10 @@ def plan_stages(
         candidates = [make(_stages_of(orders[0], _follow_owners(program, orders[0], owners, num_stages)))]
     elif cuts is not None:
         if len(cuts) + 1 != num_stages:
-            raise PlanError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but there are to be {num_stages}.")
+            each = f"{num_stages // num_ranks} stage{'s' * (num_stages != num_ranks)} each"
+            raise PlanError(
+                f"{len(cuts)} cuts make {len(cuts) + 1} stages, but the mesh has {num_ranks} ranks, {each}."
+            )
         candidates = [make(_stages_of(orders[0], cut_at_modules(orders[0], cuts)))]
     else:
         candidates = [make(_stages_of(order, balance_stages(order, num_stages, device))) for order in orders]
