@@ -1,5 +1,7 @@
 import dataclasses
+import itertools
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,12 @@ from jaxpar.schedule.search import find_timetable
 from .random_timetables import draw_problem
 
 CHAIN, COSTS = StageDag.chain(4), StageCosts((1.0, 1.1, 0.9, 1.0), (2.0, 2.3, 1.9, 2.2), 0.1)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The clock stands still: it is a cap on the work, which is counted, and on a busy machine it would decide."""
+    monkeypatch.setattr(search_module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
 
 
 def search(problem, seconds=0.5, **options):
@@ -172,7 +180,9 @@ def test_a_broken_cache_file_is_named(tmp_path, no_search):
         find_timetable(CHAIN, 6, COSTS, seconds=0.3, cache=tmp_path)
 
 
-def test_progress_is_reported():
+def test_progress_is_reported(clock, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(search_module, "time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks)))
     seen = []
     find_timetable(CHAIN, 12, COSTS, memory_limit=3, cache=False, seconds=2, progress=seen.append)
     assert seen
