@@ -174,8 +174,8 @@ def _choose_timetable(options: Options, plan: Plan) -> tuple[Timetable, SearchRe
         return make_timetable("1f1b", dag, count), None
     if jax.process_count() > 1:
         raise ScheduleError(
-            f"schedule {AUTO!r} searches for as long as the clock allows, and {jax.process_count()} processes might "
-            "find different timetables. Search once, with jaxpar.schedule.find_timetable on the plan's graph and "
+            f"schedule {AUTO!r} is a search that the clock may end, and {jax.process_count()} processes might find "
+            "different timetables. Search once, with jaxpar.schedule.find_timetable on the plan's graph and "
             "costs, and give all of them the result: schedule=Timetable.from_text(text, dag=...)."
         )
     split = extra.pop("split_backward", True)

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from jaxpar.errors import ScheduleError
 from jaxpar.lower import Machine, MemoryEstimate, estimate_memory
 from jaxpar.plan import Plan
-from jaxpar.schedule import SCHEDULES, Lockstep, SearchResult, StageCosts, Timetable, compare_lockstep, make_timetable
+from jaxpar.schedule import (
+    PLACEMENTS,
+    SCHEDULES,
+    Lockstep,
+    SearchResult,
+    StageCosts,
+    Timetable,
+    compare_lockstep,
+    make_timetable,
+)
 from jaxpar.text import format_bytes, format_table
 from jaxpar.trace import Program
 
@@ -61,6 +70,8 @@ def _compare_schedules(timetable: Timetable, used: Lockstep, costs: Mapping[bool
         try:
             other = make_timetable(name, timetable.dag, timetable.num_microbatches, **options)
         except ScheduleError:
+            if name not in PLACEMENTS:
+                raise
             others.append(name)  # made for another layout of stages
             continue
         both = compare_lockstep(other, costs[other.is_split])

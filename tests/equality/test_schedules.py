@@ -6,6 +6,7 @@ import jax
 import pytest
 
 import jaxpar
+from jaxpar.lower import run
 from jaxpar.schedule import SCHEDULES, default_layout, simulate
 from tests.equality.grid import small_case
 from tests.oracle import check_case
@@ -38,8 +39,6 @@ def test_some_schedules_of_transformers(name, schedule):
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "interleaved_1f1b", "zb_v"])
 def test_actions_run_in_the_timetables_order(schedule, monkeypatch):
     """Each rank reports what it does, from inside the compiled program."""
-    import jaxpar.lower.run as run
-
     done: list[tuple[int, str, int, int]] = []
     original = run.run_branch
 
