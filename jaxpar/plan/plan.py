@@ -86,13 +86,17 @@ class Plan:
         count, rows_each = len(self.summaries), self.microbatch
         examples = f"{rows_each} example{'s' * (rows_each != 1)}"
         head = f"Plan: {count} stages, micro-batches of {examples} (analytic costs per micro-batch)"
-        rows = [("stage", "modules", "parameters", "state", "F flop", "B flop", "time", "residuals", "sent", "to")]
+        for_w = ("for W",) if self.graph.is_split else ()
+        rows = [
+            ("stage", "modules", "parameters", "state", "F flop", "B flop", "time", "residuals", *for_w, "sent", "to")
+        ]
         whole = sum(s.forward_seconds + s.backward_seconds for s in self.summaries) or 1.0
         for i, s in enumerate(self.summaries):
             following = ",".join(str(b) for a, b in self.graph.edges(forward=True) if a == i) or "-"
             share = (s.forward_seconds + s.backward_seconds) / whole
             flops = (f"{s.forward_flops:.3g}", f"{s.backward_flops:.3g}")
-            moved = (format_bytes(s.residual_bytes), format_bytes(s.sent_bytes))
+            waits = (format_bytes(s.weight_residual_bytes),) if for_w else ()
+            moved = (format_bytes(s.residual_bytes), *waits, format_bytes(s.sent_bytes))
             state = (f"{s.parameters:,}", format_bytes(s.state_bytes))
             rows.append((str(i), s.modules, *state, *flops, f"{share:.1%}", *moved, following))
         return head + "\n" + format_table(rows)
