@@ -1,28 +1,51 @@
 """plan: a `Program` to a `StageGraph`, with costs. Nothing about evaluating jaxprs."""
 
+from jaxpar.plan.cluster import ClusterSpec, DeviceSpec, Level, LinkMatrix
 from jaxpar.plan.costs import Roofline, count_bytes, count_flops, estimate_seconds
+from jaxpar.plan.devices import DEVICES, PRESETS
 from jaxpar.plan.flow import Flow, analyse_flow
 from jaxpar.plan.homes import Homes, home_state
+from jaxpar.plan.op_graph import Op, OpEdge, OpGraph
 from jaxpar.plan.partition import partition_sequence
+from jaxpar.plan.pipeline import PipelinePlan, PlannedStage
 from jaxpar.plan.plan import Plan, StageSummary, plan_stages
+from jaxpar.plan.predict import Prediction, estimate_step, predict, stage_memory, stage_seconds
 from jaxpar.plan.stages import Bundle, Node, StageGraph, StageProgram, route_values
+from jaxpar.plan.time_curve import TimeCurve
 
 __all__ = [
+    "DEVICES",
+    "PRESETS",
     "Bundle",
+    "ClusterSpec",
+    "DeviceSpec",
     "Flow",
     "Homes",
+    "Level",
+    "LinkMatrix",
     "Node",
+    "Op",
+    "OpEdge",
+    "OpGraph",
+    "PipelinePlan",
     "Plan",
+    "PlannedStage",
+    "Prediction",
     "Roofline",
     "StageGraph",
     "StageProgram",
     "StageSummary",
+    "TimeCurve",
     "analyse_flow",
     "count_bytes",
     "count_flops",
     "estimate_seconds",
+    "estimate_step",
     "home_state",
     "partition_sequence",
     "plan_stages",
+    "predict",
     "route_values",
+    "stage_memory",
+    "stage_seconds",
 ]
