@@ -16,15 +16,18 @@ from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.plan_check import check_plan, find_stage_cycle
 from jaxpar.plan.predict import Prediction, predict, stage_seconds
+from jaxpar.plan.quick_run import QuickRun, run_quickly
 from jaxpar.schedule.costs import StageCosts
 from jaxpar.schedule.dag import Edge, StageDag
 from jaxpar.schedule.registry import make_timetable
-from jaxpar.schedule.simulate import Mode
+from jaxpar.schedule.simulate import Mode, simulate
+from jaxpar.schedule.simulation import Simulation
 from jaxpar.schedule.timetable import Timetable
 
 if TYPE_CHECKING:
     from jaxpar.schedule.costs import Link
 
+_LIMITED = ("1f1b", "eager_1f1b", "gpipe")
 _WHOLE_BACKWARDS = ("1f1b", "eager_1f1b", "kfkb", "gpipe", "interleaved_1f1b", "looped_bfs")
 
 
@@ -211,6 +214,22 @@ class PipelinePlan:
         """
         return make_timetable(self.schedule, self.dag, self.num_microbatches, **self.schedule_options)
 
+    def simulate(self, mode: Mode = "executor") -> Simulation:
+        """The timetable's times, action by action; `predict` needs only their end and is quicker."""
+        return simulate(self.timetable, self.costs, mode=mode)
+
+    @cached_property
+    def quick_run(self) -> QuickRun | None:
+        """The timetable in a form that is quicker to make and to time; None for schedules that have no such form."""
+        options = dict(self.schedule_options)
+        exchange = options.pop("exchange", 2)
+        if self.schedule == "1f1b":
+            options.pop("extra", None)
+        if self.schedule not in _LIMITED or options or not self.graph.has_backward or exchange not in (1, 2):
+            return None
+        limit, first = self.in_flight_limit, self.schedule == "gpipe"
+        return run_quickly(self.dag, self.num_microbatches, limit, exchange, first) if min(limit) >= 1 else None
+
     @property
     def depth(self) -> tuple[int, ...]:
         """For each stage, the stages on the longest path from it to a sink, itself included."""
@@ -220,9 +239,9 @@ class PipelinePlan:
     def in_flight(self) -> tuple[int, ...]:
         """For each stage, the most micro-batches between F and B at once; times `microbatch` for examples.
 
-        For 1F1B that is its bound, `min(M, depth + extra)`; for other schedules the timetable's peak.
+        For 1F1B and GPipe that is their bound, such as `min(M, depth + extra)`; else the timetable's peak.
         """
-        if self.schedule == "1f1b" and self.graph.has_backward:
+        if self.schedule in _LIMITED and self.graph.has_backward:
             return self.in_flight_limit
         return self.timetable.peak_in_flight
 
@@ -230,6 +249,8 @@ class PipelinePlan:
     def in_flight_limit(self) -> tuple[int, ...]:
         """What the schedule is known to keep each stage to, without making its timetable; M if nothing is known."""
         count = self.num_microbatches
+        if self.schedule == "eager_1f1b":
+            return tuple(min(count, 2 * depth - 1) for depth in self.depth)
         if self.schedule != "1f1b":
             return (count,) * len(self.stages)
         extra = self.schedule_options.get("extra")

@@ -8,15 +8,14 @@ a simulation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.op_graph import OpGraph
-from jaxpar.schedule.simulate import Mode, simulate
-from jaxpar.schedule.simulation import Simulation
+from jaxpar.schedule.simulate import Mode
 
 if TYPE_CHECKING:
     from jaxpar.plan.pipeline import PipelinePlan
@@ -36,7 +35,6 @@ class Prediction:
       memory_bytes: for each stage, bytes on each of its devices; of stages that share devices, each its own part.
       in_flight: for each stage, the most micro-batches from F to B at once.
       lower_bound: `estimate_step` of the plan.
-      simulation: the timetable and its times.
     """
 
     step_seconds: float
@@ -48,7 +46,6 @@ class Prediction:
     memory_bytes: tuple[float, ...]
     in_flight: tuple[int, ...]
     lower_bound: float
-    simulation: Simulation = field(repr=False, compare=False)
 
 
 def stage_seconds(
@@ -122,30 +119,35 @@ def predict(plan: PipelinePlan, mode: Mode = "executor") -> Prediction:
       PlanError: the stages form a cycle.
       ScheduleError: the schedule or its options are unknown, or not for such a stage graph.
     """
-    simulation = simulate(plan.timetable, plan.costs, mode=mode)
+    makespan, in_flight = _time_schedule(plan, mode)
     reduce_seconds, update_seconds = reduce_and_update(plan)
-    step = simulation.makespan + reduce_seconds + update_seconds
-    in_flight = plan.timetable.peak_in_flight
+    step = makespan + reduce_seconds + update_seconds
     return Prediction(
         step_seconds=step,
         throughput=plan.batch_size / step if step else float("inf"),
-        makespan=simulation.makespan,
+        makespan=makespan,
         reduce_seconds=reduce_seconds,
         update_seconds=update_seconds,
-        bubble_fraction=_weigh_bubble(plan, simulation),
+        bubble_fraction=_weigh_bubble(plan, makespan),
         memory_bytes=tuple(stage_memory(plan, s, in_flight[s]) for s in range(len(plan.stages))),
         in_flight=in_flight,
         lower_bound=estimate_step(plan),
-        simulation=simulation,
     )
 
 
-def _weigh_bubble(plan: PipelinePlan, simulation: Simulation) -> float:
+def _time_schedule(plan: PipelinePlan, mode: Mode) -> tuple[float, tuple[int, ...]]:
+    """Makespan and each stage's most micro-batches in flight; without a timetable where there is a quicker way."""
+    run = plan.quick_run
+    if run is None or mode not in ("executor", "free"):
+        return plan.simulate(mode).makespan, plan.timetable.peak_in_flight
+    return run.time_lockstep(plan.costs) if mode == "executor" else run.time_freely(plan.costs), run.peak_in_flight
+
+
+def _weigh_bubble(plan: PipelinePlan, makespan: float) -> float:
     """As `Simulation.bubble_fraction`, but each rank counts as many times as it has devices."""
-    sizes = [len(devices) for devices in plan.rank_devices]
-    total = sum(sizes) * simulation.makespan
-    busy = sum(d * seconds for d, seconds in zip(sizes, simulation.busy, strict=True))
-    return 1 - busy / total if total else 0.0
+    total = sum(map(len, plan.rank_devices)) * makespan
+    each = (len(stage.devices) * sum(times) for stage, times in zip(plan.stages, plan.stage_times, strict=True))
+    return 1 - plan.num_microbatches * sum(each) / total if total else 0.0
 
 
 def estimate_step(plan: PipelinePlan) -> float:
