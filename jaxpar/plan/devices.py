@@ -209,6 +209,9 @@ def match_device_kind(kind: str) -> str | None:
     return next((name for name, preset in PRESETS.items() if re.search(preset.kinds, kind.lower())), None)
 
 
+_NEAREST = {"gpu": "a100", "cuda": "a100", "rocm": "a100", "tpu": "tpu_v4"}  # whose links unknown kinds are given
+
+
 def cluster_of_mesh(mesh: Any, device: DeviceSpec | None = None) -> ClusterSpec:
     """See `ClusterSpec.from_mesh`."""
     found = list(mesh.devices.flat)
@@ -220,7 +223,7 @@ def cluster_of_mesh(mesh: Any, device: DeviceSpec | None = None) -> ClusterSpec:
             f"no preset is known for devices of the kind {', '.join(map(repr, unknown))}; known: {', '.join(PRESETS)}. "
             "Give ClusterSpec.from_mesh(mesh, device=DeviceSpec(...))"
         )
-    presets = [PRESETS[name or "a100"] for name in names]
+    presets = [PRESETS[name or _NEAREST.get(d.platform, "cpu")] for d, name in zip(found, names, strict=True)]
     specs = [device or _fit_memory(p.device, k) for p, k in zip(presets, kinds, strict=True)]
     nodes = [_node_of(d) for d in found]
     size = max(nodes.count(node) for node in nodes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,11 @@ from numpy.typing import NDArray
 from jaxpar.errors import PlanError
 from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.op_graph import OpGraph
-from jaxpar.plan.plan_check import check_plan, find_stage_cycle
+from jaxpar.plan.op_names import Named, find_ops, resolve_pins
+from jaxpar.plan.plan_changes import check_program
+from jaxpar.plan.plan_check import check_plan, find_misfits, find_stage_cycle
+from jaxpar.plan.plan_edit import merge_stages, move_ops, split_stage
+from jaxpar.plan.plan_text import format_plan
 from jaxpar.plan.predict import Prediction, predict, stage_seconds
 from jaxpar.plan.quick_run import QuickRun, run_quickly
 from jaxpar.schedule.costs import StageCosts
@@ -95,7 +101,7 @@ class PipelinePlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "schedule_options", dict(self.schedule_options))
-        problems = list(_find_misfits(self))
+        problems = list(find_misfits(self))
         if problems:
             raise PlanError(f"not a plan of {len(self.stages)} stages:\n  " + "\n  ".join(problems))
 
@@ -280,34 +286,104 @@ class PipelinePlan:
         """
         check_plan(self)
 
+    def check_program(self, graph: OpGraph) -> None:
+        """Make sure that a program is still the one that this plan is for, up to its costs.
+
+        Args:
+          graph: of the program as it is now.
+
+        Raises:
+          PlanError: operators are gone, are new, compute something else (by their kind) or read others, and in which
+            stages.
+        """
+        check_program(self, graph)
+
+    def move(self, ops: Named, to: int) -> PipelinePlan:
+        """The plan with some operators in another stage; stages may be renumbered, to stay in topological order.
+
+        Args:
+          ops: a name, the module of several, an index, or several of these; see `jaxpar.plan.op_names.find_ops`.
+          to: the stage.
+
+        Raises:
+          PlanError: a name is unknown; a stage would be empty; or stages would wait for each other, and along which
+            path of operators.
+        """
+        return move_ops(self, dict.fromkeys(find_ops(self.graph, ops), to))
+
+    def with_pins(self, pins: Mapping[str, int]) -> PipelinePlan:
+        """The plan with operators moved to where pins want them; see `jaxpar.plan.op_names.resolve_pins`.
+
+        Raises:
+          PlanError: as `resolve_pins` and `move`.
+        """
+        return move_ops(self, resolve_pins(self.graph, pins))
+
+    def merge(self, first: int, second: int, devices: Sequence[int] | None = None) -> PipelinePlan:
+        """The plan with two stages as one, on the devices of both unless told.
+
+        Raises:
+          PlanError: stages would wait for each other, and along which path of operators.
+        """
+        return merge_stages(self, first, second, devices)
+
+    def split(self, stage: int, ops: Named, devices: Sequence[int]) -> PipelinePlan:
+        """The plan with some operators of a stage in a new one.
+
+        Args:
+          stage: the stage.
+          ops: those that leave it.
+          devices: of the new stage; those that are the old one's are taken from it.
+
+        Raises:
+          PlanError: the stage doesn't hold these operators or would keep no operators or devices; or stages would wait
+            for each other.
+        """
+        return split_stage(self, stage, find_ops(self.graph, ops), devices)
+
+    def __str__(self) -> str:
+        """A table of the stages, and what a step is thought to take."""
+        return format_plan(self)
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal plan: stages, cluster and graph.
+
+        Raises:
+          PlanError: an option of the schedule can't be written as JSON.
+        """
+        from jaxpar.plan.graph_json import write_json
+        from jaxpar.plan.plan_json import plan_to_dict
+
+        try:
+            return write_json(plan_to_dict(self))
+        except TypeError as error:
+            raise PlanError(f"the plan can't be written as JSON: {error}; options: {self.schedule_options}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> PipelinePlan:
+        """Read what `to_json` wrote.
+
+        Raises:
+          PlanError: the text is not a saved plan, and what of it is wrong.
+        """
+        from jaxpar.plan.graph_json import read_json
+        from jaxpar.plan.plan_json import plan_from_dict
+
+        return plan_from_dict(read_json(text, "a saved plan"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PipelinePlan:
+        """Read a file that `save` wrote.
+
+        Raises:
+          PlanError: as `from_json`.
+        """
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
     def predict(self, mode: Mode = "executor") -> Prediction:
         """Seconds and bytes of a step; see `jaxpar.plan.predict.predict`."""
         return predict(self, mode)
-
-
-def _find_misfits(plan: PipelinePlan) -> list[str]:
-    """Whether the numbers of a plan refer to operators and devices that are there."""
-    graph, problems = plan.graph, []
-    if plan.microbatch < 1 or plan.num_microbatches < 1:
-        problems.append(f"b and M are at least 1, got {plan.microbatch} and {plan.num_microbatches}")
-    home: dict[int, int] = {}
-    for s, stage in enumerate(plan.stages):
-        for what, given, count in (
-            ("operators", stage.ops, graph.num_ops),
-            ("devices", stage.devices, plan.cluster.num_devices),
-        ):
-            strange = [i for i in given if not 0 <= i < count]
-            if strange:
-                problems.append(f"stage {s} has the {what} {strange}, but {what} are 0 ... {count - 1}")
-            if not given:
-                problems.append(f"stage {s} has no {what}")
-            if len(set(given)) < len(given):
-                problems.append(f"stage {s} has some {what} more than once: {given}")
-        for op in set(stage.ops):
-            if 0 <= op < graph.num_ops and home.setdefault(op, s) != s:
-                problems.append(f"operator {graph.ops[op].name!r} is in the stages {home[op]} and {s}")
-    missing = [op.name for i, op in enumerate(graph.ops) if i not in home]
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        problems.append(f"in no stage: {', '.join(map(repr, missing[:5]))}{more}")
-    return problems

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from jaxpar.errors import PlanError
+from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.predict import stage_memory
 from jaxpar.text import format_bytes
@@ -31,6 +32,34 @@ def check_plan(plan: PipelinePlan) -> None:
         problems += find_memory_problems(plan)
     if problems:
         raise PlanError(f"the plan of {len(plan.stages)} stages can't be run:\n  " + "\n  ".join(problems))
+
+
+def find_misfits(plan: PipelinePlan) -> list[str]:
+    """Whether the numbers of a plan refer to operators and devices that are there."""
+    graph, problems = plan.graph, []
+    if plan.microbatch < 1 or plan.num_microbatches < 1:
+        problems.append(f"b and M are at least 1, got {plan.microbatch} and {plan.num_microbatches}")
+    home: dict[int, int] = {}
+    for s, stage in enumerate(plan.stages):
+        for what, given, count in (
+            ("operators", stage.ops, graph.num_ops),
+            ("devices", stage.devices, plan.cluster.num_devices),
+        ):
+            strange = [i for i in given if not 0 <= i < count]
+            if strange:
+                problems.append(f"stage {s} has the {what} {strange}, but {what} are 0 ... {count - 1}")
+            if not given:
+                problems.append(f"stage {s} has no {what}")
+            if len(set(given)) < len(given):
+                problems.append(f"stage {s} has some {what} more than once: {given}")
+        for op in set(stage.ops):
+            if 0 <= op < graph.num_ops and home.setdefault(op, s) != s:
+                problems.append(f"operator {graph.ops[op].name!r} is in the stages {home[op]} and {s}")
+    missing = [op.name for i, op in enumerate(graph.ops) if i not in home]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        problems.append(f"in no stage: {', '.join(map(repr, missing[:5]))}{more}")
+    return problems
 
 
 def _find_device_problems(plan: PipelinePlan) -> Iterator[str]:
@@ -146,3 +175,34 @@ def _suggest(plan: PipelinePlan, stages: Sequence[int], limit: float) -> str:
         ideas.append("recomputation (recompute=True)")
     ideas.append("moving operators to other stages, or more replicas")
     return "What would help: " + "; ".join(ideas) + "."
+
+
+def check_request(graph: OpGraph, cluster: ClusterSpec, batch_size: int, num_devices: int | None = None) -> None:
+    """Make sure that what a planner is asked for makes sense.
+
+    Args:
+      graph: the program.
+      cluster: the machine.
+      batch_size: examples in a step.
+      num_devices: how many of the cluster's devices to use; None for all.
+
+    Raises:
+      PlanError: the batch is empty, the devices aren't there, or there are more than could ever be used: each operator
+        on a device of its own, or with a replica for each example.
+    """
+    problems = []
+    wanted = cluster.num_devices if num_devices is None else num_devices
+    if batch_size < 1:
+        problems.append(f"the batch has {batch_size} examples, but needs at least one")
+    if not 1 <= wanted <= cluster.num_devices:
+        problems.append(f"{wanted} devices are asked for, and the cluster has {cluster.num_devices}")
+    most = graph.num_ops * max(batch_size, 1)
+    if wanted > most:
+        problems.append(
+            f"{wanted} devices are more than can be used: {graph.num_ops} operators with a replica for each of the "
+            f"{batch_size} examples take {most}; ask for num_devices={most} or fewer, or a larger batch"
+        )
+    if graph.device:
+        cluster.find_device(graph.device)
+    if problems:
+        raise PlanError("no plan can be made: " + "; ".join(problems))
