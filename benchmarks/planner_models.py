@@ -1,0 +1,153 @@
+"""GraphPipe's three models as graphs of layers, with times of a V100 in float32 from a roofline; no JAX.
+
+The sizes are those of Jeon et al. 2025, https://arxiv.org/abs/2406.17145, appendix A.2:
+
+    MMT          4 branches of 8 transformer layers (sequence 256, hidden 1024, 16 heads), joined by concatenation
+    DLRM         7 branches of 4 dense layers of 4096 and 7 embedding branches, a table of 1M rows of 64 each, whose
+                 bag of 100 rows is concatenated; joined, then 4 dense layers of 4096
+    CANDLE-Uno   7 branches of 4 dense layers of 4096; joined, then 4 dense layers of 4096
+
+One evaluation of a layer for n examples takes the longest of its arithmetic at 90 % of the peak and of its bytes at 80 %
+of the memory's bandwidth, weights included, and a launch per kernel: so a dense layer of 4096 costs the same for 1 to
+about 30 examples, which is why micro-batches can be too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxpar.plan.op_graph import Op, OpGraph
+from jaxpar.plan.time_curve import TimeCurve
+
+PEAK = 15.7e12  # float32 flop/s, NVIDIA V100 SXM2 datasheet
+BANDWIDTH = 900e9  # bytes/s, the same
+ARITHMETIC, STREAM = 0.9, 0.8  # what large kernels reach of them
+LAUNCH = 5e-6  # seconds a kernel
+SIZES = tuple(float(2**i) for i in range(15))
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one evaluation: what each example costs, what the evaluation costs whatever its size, and its kernels."""
+
+    flops: float
+    bytes: float
+    fixed_bytes: float = 0.0
+    kernels: int = 1
+
+    def curve(self) -> TimeCurve:
+        """Seconds for n examples."""
+        return TimeCurve(tuple((n, self._seconds(n)) for n in SIZES))
+
+    def _seconds(self, n: float) -> float:
+        arithmetic = n * self.flops / (PEAK * ARITHMETIC)
+        memory = (n * self.bytes + self.fixed_bytes) / (BANDWIDTH * STREAM)
+        return max(arithmetic, memory) + self.kernels * LAUNCH
+
+
+def dense_layer(name: str, inputs: int, outputs: int) -> Op:
+    """`relu(x @ w + b)`: each example reads a row and writes one; each evaluation reads the weights."""
+    weights = FLOAT * (inputs * outputs + outputs)
+    rows = FLOAT * (inputs + 3 * outputs)  # the relu reads and writes once more
+    flops = 2.0 * inputs * outputs
+    return Op(
+        name,
+        forward=Work(flops, rows, weights, kernels=2).curve(),
+        input_backward=Work(flops, rows, weights, kernels=2).curve(),
+        weight_backward=Work(flops, rows, 2 * weights).curve(),  # adds to the accumulator
+        parameter_bytes=weights,
+        residual_bytes=FLOAT * (inputs + outputs),
+        output_bytes=FLOAT * outputs,
+        kind=f"dense {inputs}x{outputs}",
+    )
+
+
+def transformer_layer(name: str, length: int, hidden: int, heads: int) -> Op:
+    """Pre-norm attention and a feed-forward layer of 4 x hidden, without dropout and without flash attention."""
+    weights = FLOAT * (12 * hidden**2 + 13 * hidden)
+    token = FLOAT * hidden
+    scores = FLOAT * heads * length**2
+    flops = length * (24.0 * hidden**2 + 4.0 * hidden * length)
+    kept = length * 17 * token + scores  # inputs of 2 norms, 4 products and the gelu, q k v, the context; softmax
+    moved = 2 * kept + 2 * scores
+    return Op(
+        name,
+        forward=Work(flops, moved, weights, kernels=20).curve(),
+        input_backward=Work(flops, moved, weights, kernels=20).curve(),
+        weight_backward=Work(length * 24.0 * hidden**2, kept, 2 * weights, kernels=8).curve(),
+        parameter_bytes=weights,
+        residual_bytes=kept,
+        output_bytes=length * token,
+        kind="transformer layer",
+    )
+
+
+def embedding_bag(name: str, rows: int, width: int, bag: int) -> Op:
+    """`bag` rows of a table, concatenated; the backward scatters into a dense accumulator. Plain SGD: no more state."""
+    table = FLOAT * rows * width
+    out = FLOAT * width * bag
+    return Op(
+        name,
+        forward=Work(0.0, 2 * out + FLOAT * bag).curve(),
+        weight_backward=Work(0.0, 3 * out + FLOAT * bag).curve(),
+        parameter_bytes=table,
+        state_bytes=table,
+        residual_bytes=FLOAT * bag,
+        output_bytes=out,
+        kind=f"bag {rows}x{width}x{bag}",
+    )
+
+
+def concatenation(name: str, width: int, rows: int = 1) -> Op:
+    """Copies its inputs side by side."""
+    size = FLOAT * width * rows
+    copy = Work(0.0, 2 * size).curve()
+    return Op(name, forward=copy, input_backward=copy, output_bytes=size, kind=f"concatenate {width}x{rows}")
+
+
+def mmt(branches: int = 4, layers: int = 8, length: int = 256, hidden: int = 1024, heads: int = 16) -> OpGraph:
+    """The multi-modal transformer, as it ends: with the concatenation."""
+    ops, edges, ends = [], [], []
+    for b in range(branches):
+        names = [f"branch{b}.layer{i}" for i in range(layers)]
+        ops += [transformer_layer(name, length, hidden, heads) for name in names]
+        edges += list(zip(names, names[1:], strict=False))
+        ends.append(names[-1])
+    ops.append(concatenation("join", branches * hidden, length))
+    return OpGraph.build(ops, edges + [(end, "join") for end in ends])
+
+
+def candle_uno(branches: int = 7, depth: int = 4, width: int = 4096) -> OpGraph:
+    """Branches of dense layers, joined, then dense layers."""
+    return _join_branches(branches, 0, depth, width)
+
+
+def dlrm(dense: int = 7, sparse: int = 7, depth: int = 4, width: int = 4096) -> OpGraph:
+    """As `candle_uno`, with embedding branches beside the dense ones."""
+    return _join_branches(dense, sparse, depth, width)
+
+
+def _join_branches(dense: int, sparse: int, depth: int, width: int) -> OpGraph:
+    ops, edges, ends, joined = [], [], [], 0
+    for b in range(dense):
+        names = [f"dense{b}.layer{i}" for i in range(depth)]
+        ops += [dense_layer(name, width, width) for name in names]
+        edges += list(zip(names, names[1:], strict=False))
+        ends.append(names[-1])
+        joined += width
+    for b in range(sparse):
+        bag = embedding_bag(f"sparse{b}.bag", 1_000_000, 64, 100)
+        ops.append(bag)
+        ends.append(bag.name)
+        joined += int(bag.output_bytes / FLOAT)
+    ops.append(concatenation("join", joined))
+    edges += [(end, "join") for end in ends]
+    top = [f"top.layer{i}" for i in range(depth)]
+    ops += [dense_layer(name, joined if i == 0 else width, width) for i, name in enumerate(top)]
+    edges += list(zip(["join", *top], top, strict=False))
+    return OpGraph.build(ops, edges)
+
+
+MODELS: dict[str, Callable[[], OpGraph]] = {"MMT": mmt, "DLRM": dlrm, "CANDLE-Uno": candle_uno}
