@@ -65,8 +65,8 @@ def list_down_sets(predecessors: Sequence[Sequence[int]], order: Sequence[int], 
         found.append(down_set)
         if len(found) > limit:
             raise PlanError(
-                f"a graph of {len(order)} operators has more than {limit:,} down-sets, which is where this search "
-                "gives up: raise the limit, coarsen the graph, or plan with 'graphpipe' or 'auto', which don't list them"
+                f"a graph of {len(order)} operators has more than {limit:,} down-sets, where this search gives up: "
+                "raise the limit, coarsen the graph, or plan with 'graphpipe' or 'auto', which don't list them"
             )
     return sorted(found, key=lambda members: (members.bit_count(), members))
 

@@ -47,7 +47,7 @@ class StageSpans:
 
     @cached_property
     def traffic(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes per example that each stage is given by earlier stages, and that it gives later ones; each value once."""
+        """Bytes per example that each stage gets from earlier ones, and that it gives later ones; each value once."""
         has = self.members.astype(bool).T  # [ops, cuts]
         received, sent = np.zeros(len(self.start)), np.zeros(len(self.start))
         by_source: dict[int, list[tuple[int, float]]] = {}

@@ -17,8 +17,9 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from jaxpar.errors import PlanError
@@ -80,7 +81,7 @@ def exact(
     >>> graph = OpGraph.build(ops, [("a", "join"), ("b", "join")])
     >>> plan = exact(graph, ClusterSpec.preset("cpu", 2), 8, objective="bottleneck", replicas="any", microbatches=[1])
     >>> [stage.ops for stage in plan.stages], plan.bottleneck
-    ([(0,), (1, 2)], 0.003)
+    ([(1,), (0, 2)], 0.003)
     """
     started = time.perf_counter()
     count = count_devices(cluster, num_devices)
@@ -119,22 +120,25 @@ class _Candidate:
 def _find_least_bottleneck(tables: Sequence[StagePrices]) -> _Candidate | None:
     """Branch and bound: each stage has the fewest devices that make it faster than the best bottleneck so far."""
     best, least = None, math.inf
+
+    def cheapest(prices: StagePrices, stage: int, depth: int) -> StagePrice | None:
+        limit = least * prices.microbatch * _SHORTER
+        return _fewest_devices(price for price in prices.fitting(stage, depth) if price.seconds < limit)
+
     for prices in tables:
-
-        def cheapest(stage: int, depth: int, prices: StagePrices = prices) -> StagePrice | None:
-            limit = least * prices.microbatch * _SHORTER
-            good = (price for price in prices.fitting(stage, depth) if price.seconds < limit)
-            return min(good, key=lambda price: price.variant.devices, default=None)
-
-        for division in prices.divisions(cheapest):
+        for division in prices.divisions(partial(cheapest, prices)):
             while True:  # with more devices for what is slowest, until there are no more
-                chosen = [(division.stages[k], cheapest(division.stages[k], division.depth[k])) for k in division.order()]
-                stages = tuple((stage, price) for stage, price in chosen if price)
+                chosen = [(k, cheapest(prices, division.stages[k], division.depth[k])) for k in division.order()]
+                stages = tuple((division.stages[k], price) for k, price in chosen if price)
                 if len(stages) < len(chosen) or sum(p.variant.devices for _, p in stages) > prices.num_devices:
                     break
                 least = max(price.seconds for _, price in stages) / prices.microbatch
                 best = _Candidate(prices, stages)
     return best
+
+
+def _fewest_devices(prices: Iterable[StagePrice]) -> StagePrice | None:
+    return min(prices, key=lambda price: price.variant.devices, default=None)
 
 
 def _find_least_step(
@@ -150,12 +154,13 @@ def _find_least_step(
     for schedule in schedules:
         best, least = _pick(best, least, replace(start, schedule=schedule[0], schedule_options=schedule[1]), mode)
     queue: list[tuple[float, int, _Candidate | PipelinePlan]] = []
-    for bound, candidate in _list_candidates(tables, least):
+    whole = not any(replace(start, schedule=name).may_split_backward for name, _ in schedules)
+    for bound, candidate in _list_candidates(tables, least, whole):
         queue.append((bound, len(queue), candidate))
         if len(queue) > max_plans:
             raise PlanError(
-                f"the exact search has found {max_plans:,} plans whose bound is below the best step so far, {least:.4g} "
-                "s, and is not done: raise max_plans, give fewer microbatches, or plan with 'graphpipe' or 'auto'"
+                f"the exact search has found {max_plans:,} plans whose bound is below the best step so far, "
+                f"{least:.4g} s, and is not done: raise max_plans, give fewer microbatches, or plan with 'auto'"
             )
     if progress:
         print(f"exact: {len(queue):,} plans may be better than {least:.4g} s")
@@ -187,35 +192,45 @@ def _pick(best: PipelinePlan, least: float, plan: PipelinePlan, mode: Mode) -> t
     return plan, seconds
 
 
-def _list_candidates(tables: Sequence[StagePrices], least: float) -> Iterator[tuple[float, _Candidate]]:
+def _list_candidates(
+    tables: Sequence[StagePrices], least: float, whole_backwards: bool
+) -> Iterator[tuple[float, _Candidate]]:
     """All plans whose bound is below `least`, with their bounds."""
+    least *= _SHORTER
+
+    def good(prices: StagePrices, stage: int, depth: int) -> list[StagePrice]:
+        count = prices.num_microbatches
+        return [price for price in prices.fitting(stage, depth) if count * price.seconds + price.after < least]
+
+    def cheapest(prices: StagePrices, stage: int, depth: int) -> StagePrice | None:
+        return _fewest_devices(good(prices, stage, depth))
+
     for prices in tables:
-
-        def good(stage: int, depth: int, prices: StagePrices = prices) -> list[StagePrice]:
-            count = prices.num_microbatches
-            return [p for p in prices.fitting(stage, depth) if count * p.seconds + p.after < least * _SHORTER]
-
-        def cheapest(stage: int, depth: int, good: Any = good) -> StagePrice | None:
-            return min(good(stage, depth), key=lambda price: price.variant.devices, default=None)
-
-        for division in prices.divisions(cheapest):
-            for chosen in itertools.product(*(good(*pair) for pair in zip(division.stages, division.depth, strict=True))):
+        for division in prices.divisions(partial(cheapest, prices)):
+            offers = (good(prices, *pair) for pair in zip(division.stages, division.depth, strict=True))
+            for chosen in itertools.product(*offers):
                 if sum(price.variant.devices for price in chosen) <= prices.num_devices:
-                    bound = _bound_step(division, chosen, prices.num_microbatches)
-                    if bound < least * _SHORTER:
+                    bound = _bound_step(division, chosen, prices.num_microbatches, whole_backwards)
+                    if bound < least:
                         stages = tuple((division.stages[k], chosen[k]) for k in division.order())
                         yield bound, _Candidate(prices, stages)
 
 
-def _bound_step(division: Division, chosen: Sequence[StagePrice], num_microbatches: int) -> float:
-    """Fill to a stage, its work, drain from it, whichever stage makes most of it; transfers left out."""
+def _bound_step(
+    division: Division, chosen: Sequence[StagePrice], num_microbatches: int, whole_backwards: bool
+) -> float:
+    """Fill to a stage, its work, drain from it, whichever stage makes most of it; transfers left out.
+
+    Where backwards may be split, the last thing that a stage does may be a W, after which nothing drains.
+    """
     order = division.order()
     fill, drain = [0.0] * len(order), [0.0] * len(order)
     for k in order:
         for other in range(len(order)):
             if division.feeds[k] >> other & 1:
                 fill[other] = max(fill[other], fill[k] + chosen[k].forward)
-                drain[other] = max(drain[other], drain[k] + chosen[k].backward)
+                if whole_backwards:
+                    drain[other] = max(drain[other], drain[k] + chosen[k].backward)
     makespan = max(fill[k] + num_microbatches * chosen[k].seconds + drain[k] for k in order)
     return makespan + max(price.after for price in chosen)
 
@@ -238,9 +253,9 @@ def _explain_misfit(prices: StagePrices) -> str:
     large = [repr(name) for name, room in alone if room < 1]
     memory = min(device.memory_bytes for device in prices.cluster.devices)
     whole = float(prices.graph.state_bytes.sum() + prices.graph.gradient_bytes.sum())
-    why = f"{', '.join(large)} alone exceed{'s' * (len(large) == 1)} one device" if large else "no division of them fits"
+    why = f"no device has room for {', '.join(large)} alone" if large else "no division of them fits"
     return (
-        f"no plan of {prices.graph.num_ops} operators fits into {prices.num_devices} devices of {memory:.4g} bytes, even "
-        f"with micro-batches of {prices.microbatch}: state and gradients are {whole:.4g} bytes, and {why}; more devices, "
-        "smaller micro-batches, recompute=True or finer operators would help"
+        f"no plan of {prices.graph.num_ops} operators fits into {prices.num_devices} devices of {memory:.4g} bytes, "
+        f"even with micro-batches of {prices.microbatch}: state and gradients are {whole:.4g} bytes, and {why}; more "
+        "devices, smaller micro-batches, recompute=True or finer operators would help"
     )

@@ -1,4 +1,4 @@
-"""What each stage of a small graph costs, for the exact search: stages are sets of operators, as the bits of an integer."""
+"""What each stage of a small graph costs, for the exact search; a stage is a set of operators, as bits."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -76,8 +76,8 @@ class StagePrices:
             if next(looked) > self.max_divisions:
                 raise PlanError(
                     f"the exact search has looked at {self.max_divisions:,} partial divisions of {self.graph.num_ops} "
-                    f"operators on {self.num_devices} devices with micro-batches of {self.microbatch}, and is not done: "
-                    "raise max_divisions, coarsen the graph, or plan with 'graphpipe' or 'auto'"
+                    f"operators on {self.num_devices} devices with micro-batches of {self.microbatch}, and is not "
+                    "done: raise max_divisions, coarsen the graph, or plan with 'graphpipe' or 'auto'"
                 )
             left = self.num_devices
             for stage, depth in zip(division.stages, division.depth, strict=True):
