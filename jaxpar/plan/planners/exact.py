@@ -141,6 +141,35 @@ def _fewest_devices(prices: Iterable[StagePrice]) -> StagePrice | None:
     return min(prices, key=lambda price: price.variant.devices, default=None)
 
 
+@dataclass
+class _Best:
+    """The fastest plan so far that fits."""
+
+    plan: PipelinePlan
+    mode: Mode
+    seconds: float = math.inf
+    simulated: int = 0
+
+    def offer(self, plan: PipelinePlan) -> None:
+        """Take the plan if it is faster."""
+        self.simulated += 1
+        seconds = predict(plan, self.mode).step_seconds
+        if seconds < self.seconds and _fits(plan):
+            self.plan, self.seconds = plan, seconds
+
+    def beats(self, bound: float) -> bool:
+        """Whether nothing that takes `bound` or longer is of interest."""
+        return bound >= self.seconds * _SHORTER
+
+
+def _fits(plan: PipelinePlan) -> bool:
+    try:
+        plan.check()
+    except PlanError:
+        return False
+    return True
+
+
 def _find_least_step(
     tables: Sequence[StagePrices],
     start: PipelinePlan,
@@ -150,57 +179,45 @@ def _find_least_step(
     progress: bool,
 ) -> PipelinePlan:
     """Simulate plans in the order of their bounds: first one that is quick to compute, then that of `estimate_step`."""
-    best, least = start, math.inf
-    for schedule in schedules:
-        best, least = _pick(best, least, replace(start, schedule=schedule[0], schedule_options=schedule[1]), mode)
-    queue: list[tuple[float, int, _Candidate | PipelinePlan]] = []
+    best = _Best(start, mode)
+    for name, options in schedules:
+        best.offer(replace(start, schedule=name, schedule_options=options))
     whole = not any(replace(start, schedule=name).may_split_backward for name, _ in schedules)
-    for bound, candidate in _list_candidates(tables, least, whole):
+    queue: list[tuple[float, int, _Candidate | PipelinePlan]] = []
+    lowest = math.inf
+    for bound, candidate in _list_candidates(tables, best, whole):
         queue.append((bound, len(queue), candidate))
+        if bound < lowest:  # likely to be good, which shortens the list
+            lowest = bound * 0.99
+            best.offer(_make_plan(candidate, schedules[0]))
         if len(queue) > max_plans:
             raise PlanError(
                 f"the exact search has found {max_plans:,} plans whose bound is below the best step so far, "
-                f"{least:.4g} s, and is not done: raise max_plans, give fewer microbatches, or plan with 'auto'"
+                f"{best.seconds:.4g} s, and is not done: raise max_plans, give fewer microbatches, or plan with 'auto'"
             )
-    if progress:
-        print(f"exact: {len(queue):,} plans may be better than {least:.4g} s")
     heapq.heapify(queue)
-    ticket, simulated = itertools.count(len(queue)), 0
-    while queue and queue[0][0] < least * _SHORTER:
+    ticket, listed = itertools.count(len(queue)), len(queue)
+    while queue and not best.beats(queue[0][0]):
         _, _, item = heapq.heappop(queue)
-        if isinstance(item, _Candidate):
-            for schedule in schedules:
-                plan = _make_plan(item, schedule)
-                heapq.heappush(queue, (estimate_step(plan), next(ticket), plan))
-        else:
-            simulated += 1
-            best, least = _pick(best, least, item, mode)
+        if isinstance(item, PipelinePlan):
+            best.offer(item)
+            continue
+        for schedule in schedules:
+            plan = _make_plan(item, schedule)
+            heapq.heappush(queue, (estimate_step(plan), next(ticket), plan))
     if progress:
-        print(f"exact: {simulated:,} plans simulated, the best takes {least:.4g} s")
-    return best
-
-
-def _pick(best: PipelinePlan, least: float, plan: PipelinePlan, mode: Mode) -> tuple[PipelinePlan, float]:
-    """The faster of two plans, if the new one fits, and its time."""
-    seconds = predict(plan, mode).step_seconds
-    if seconds >= least:
-        return best, least
-    try:
-        plan.check()
-    except PlanError:
-        return best, least
-    return plan, seconds
+        print(f"exact: {listed:,} plans listed, {best.simulated:,} simulated, the best takes {best.seconds:.4g} s")
+    return best.plan
 
 
 def _list_candidates(
-    tables: Sequence[StagePrices], least: float, whole_backwards: bool
+    tables: Sequence[StagePrices], best: _Best, whole_backwards: bool
 ) -> Iterator[tuple[float, _Candidate]]:
-    """All plans whose bound is below `least`, with their bounds."""
-    least *= _SHORTER
+    """All plans whose bound is below the best time so far, with their bounds."""
 
     def good(prices: StagePrices, stage: int, depth: int) -> list[StagePrice]:
         count = prices.num_microbatches
-        return [price for price in prices.fitting(stage, depth) if count * price.seconds + price.after < least]
+        return [price for price in prices.fitting(stage, depth) if not best.beats(count * price.seconds + price.after)]
 
     def cheapest(prices: StagePrices, stage: int, depth: int) -> StagePrice | None:
         return _fewest_devices(good(prices, stage, depth))
@@ -211,7 +228,7 @@ def _list_candidates(
             for chosen in itertools.product(*offers):
                 if sum(price.variant.devices for price in chosen) <= prices.num_devices:
                     bound = _bound_step(division, chosen, prices.num_microbatches, whole_backwards)
-                    if bound < least:
+                    if not best.beats(bound):
                         stages = tuple((division.stages[k], chosen[k]) for k in division.order())
                         yield bound, _Candidate(prices, stages)
 

@@ -72,7 +72,7 @@ def test_no_plan_has_a_shorter_step(maker, mode, seed):
 
 
 def test_recomputation_is_tried_where_it_is_asked_for():
-    graph, cluster = tiny("series-parallel", 3)
+    graph = random_series_parallel(3, 4)
     tight = random_cluster(3, 2, graph, tightness=1.3)
     steps = [p.predict("free").step_seconds for p in all_plans(graph, tight, 4, (1, 2), recompute=(False, True))]
     plan = exact(graph, tight, 4, microbatches=(1, 2), recompute=True)
@@ -96,6 +96,14 @@ def test_a_chain_has_as_many_divisions_as_sets_of_cuts():
     assert {d.stages for d in iterate_divisions(chain, 2)} >= {(3,)}
 
 
+def _problem_of(plan):
+    try:
+        plan.check()
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_divisions_are_all_partitions_without_cycles(seed):
     graph, cluster = random_dag(seed, 5), random_cluster(seed, 5)
@@ -107,12 +115,10 @@ def test_divisions_are_all_partitions_without_cycles(seed):
         if used == list(range(len(used))):
             groups = [tuple(i for i in range(5) if labels[i] == s) for s in used]
             plan = PipelinePlan(graph, cluster, tuple(PlannedStage(g, (s,)) for s, g in enumerate(groups)), 1, 1)
-            try:
-                plan.check()
-            except PlanError as error:
-                assert "cycle" in str(error) or "order" in str(error) or "convex" in str(error)
-                if "cycle" in str(error) or "convex" in str(error):
-                    continue
+            problem = _problem_of(plan)
+            if "cycle" in problem or "convex" in problem:
+                continue
+            assert not problem or "order" in problem
             expected.add(frozenset(sum(1 << i for i in g) for g in groups))
     assert set(found) == expected
 
