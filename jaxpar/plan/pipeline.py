@@ -74,6 +74,8 @@ class PipelinePlan:
       schedule_options: its options, such as `{"extra": 0}` for 1F1B with no more in flight than the stages downstream.
       planner: who made it.
       search_seconds: how long that took.
+      chain: the stages form a chain in the order given, whatever they read: each waits for the one before it forwards
+        and for the one after it backwards, as planners for chains have it. What is sent is the same.
 
     Raises:
       PlanError: an operator is in no stage or in several, a stage is empty, or an index or number is out of range.
@@ -97,6 +99,7 @@ class PipelinePlan:
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
     planner: str = ""
     search_seconds: float = 0.0
+    chain: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -139,6 +142,12 @@ class PipelinePlan:
         return MappingProxyType(dict(sorted(found.items())))
 
     @cached_property
+    def waits(self) -> Mapping[Edge, float]:
+        """The edges, and if this is a chain those between neighbours that send each other nothing, with 0 bytes."""
+        links = {(s, s + 1): 0.0 for s in range(len(self.stages) - 1)} if self.chain else {}
+        return MappingProxyType(dict(sorted((links | dict(self.edges)).items())))
+
+    @cached_property
     def received_bytes(self) -> tuple[float, ...]:
         """Bytes per example that each stage receives forwards."""
         found = [0.0] * len(self.stages)
@@ -166,7 +175,7 @@ class PipelinePlan:
         """
         if problem := find_stage_cycle(self.graph, self.stage_of):
             raise PlanError(problem)
-        forward = tuple(self.edges)
+        forward = tuple(self.waits)
         backward = tuple((b, a) for a, b in forward) if self.graph.has_backward else ()
         ranks = len(self.rank_devices)
         return StageDag(len(self.stages), forward, backward, self.rank_of, ranks, self.graph.has_backward)
@@ -179,11 +188,11 @@ class PipelinePlan:
         """
         times = self.stage_times
         links: dict[tuple[int, int], Link] = {}
-        for a, b in self.edges:
+        for a, b in self.waits:
             here, there = self.rank_of[a], self.rank_of[b]
             if here != there and (there, here) not in links:
                 links[here, there] = self.cluster.group_link(self.rank_devices[here], self.rank_devices[there])
-        sent = {edge: size * self.microbatch for edge, size in self.edges.items()}
+        sent = {edge: size * self.microbatch for edge, size in self.waits.items()}
         back = {(b, a): size for (a, b), size in sent.items()} if self.graph.has_backward else {}
         return StageCosts(
             forward=tuple(f for f, _, _ in times),

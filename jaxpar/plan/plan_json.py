@@ -74,6 +74,7 @@ def plan_to_dict(plan: PipelinePlan) -> dict[str, Any]:
         "format": _FORMAT,
         "planner": plan.planner,
         "search_seconds": plan.search_seconds,
+        "chain": plan.chain,
         "microbatch": plan.microbatch,
         "num_microbatches": plan.num_microbatches,
         "schedule": plan.schedule,
@@ -101,6 +102,7 @@ def plan_from_dict(value: Mapping[str, Any]) -> PipelinePlan:
             {key: _tuples(option) for key, option in value["schedule_options"].items()},
             value["planner"],
             value["search_seconds"],
+            value.get("chain", False),
         ),
     )
 

@@ -23,7 +23,11 @@ def _format_head(plan: PipelinePlan) -> str:
     by = f" by {plan.planner}" if plan.planner else ""
     seconds = f", found in {plan.search_seconds:.2g} s" if plan.search_seconds else ""
     options = "".join(f" {key}={option}" for key, option in plan.schedule_options.items())
-    stages = "1 stage" if len(plan.stages) == 1 else f"{len(plan.stages)} stages, depth {max(plan.depth)},"
+    stages = (
+        "1 stage"
+        if len(plan.stages) == 1
+        else f"{len(plan.stages)} stages{' in a chain' if plan.chain else ''}, depth {max(plan.depth)},"
+    )
     return (
         f"Plan{by}{seconds}: {stages} on {used} of {plan.cluster.num_devices} devices; {plan.num_microbatches} "
         f"micro-batches of {plan.microbatch} examples, {plan.schedule}{options}\nCluster: {plan.cluster}"
