@@ -13,6 +13,7 @@ import numpy as np
 from jaxpar.errors import PlanError
 from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.op_graph import OpGraph
+from jaxpar.schedule.costs import Link
 
 NEVER = 1 << 13  # more stages, or devices, than any chain has; an int16, doubled too
 _COUNT = np.int16
@@ -136,16 +137,15 @@ def price_stages(
     num_microbatches: int,
     variants: Sequence[Variant],
     *,
-    extra: int = 0,
+    link: Link,
     overlap: bool = True,
-    bandwidth: float,
-    latency: float,
+    extra: int = 0,
 ) -> StageChoices:
     """Make the table for one micro-batch size.
 
         compute = F + B on b / d examples
         seconds = max(compute, transfer) + reduce / M       when transfers overlap with work (PipeDream)
-        seconds = compute + transfer + reduce / M           when they don't (Piper)
+        seconds = compute + 2 transfers + reduce / M        when they don't (Piper)
 
     Args:
       spans: the stages.
@@ -153,9 +153,9 @@ def price_stages(
       microbatch: b, over all replicas.
       num_microbatches: M.
       variants: those to consider; b must be divisible by their devices.
-      extra: micro-batches in flight beyond the depth.
+      link: between two stages; it is taken to be as good for replicas, each with its part.
       overlap: whether transfers take place beside work.
-      bandwidth, latency: of the link between two stages.
+      extra: micro-batches in flight beyond the depth.
     """
     graph = spans.graph
     slowdown = cluster.slowdown(range(cluster.num_devices), graph.device)
@@ -169,10 +169,9 @@ def price_stages(
         forward, backward = (slowdown * x for x in (graph.forward_seconds(rows), graph.backward_seconds(rows)))
         of_ops = 2 * forward + backward if variant.recompute else forward + backward
         compute = spans.sum(of_ops)
-        transfer = np.maximum(received, sent) * rows / bandwidth
-        transfer += latency * (transfer > 0)
+        transfer = np.maximum(received, sent) * rows / link.bandwidth
         reduce = _reduce_seconds(cluster, variant.devices, gradient) / num_microbatches
-        seconds.append((np.maximum(compute, transfer) if overlap else compute + 2 * transfer) + reduce)
+        seconds.append((np.maximum(compute, transfer) if overlap else compute + 2 * (transfer + link.latency)) + reduce)
         kept = received * rows if variant.recompute else residual * rows
         once = residual * rows if variant.recompute else 0.0
         max_depth.append(_count_depth(memory - static - once, kept, num_microbatches, extra))
