@@ -1,0 +1,1 @@
+"""Planners: from a graph of operators and a cluster to a plan."""
