@@ -33,6 +33,7 @@ def parallelize(
     donate: bool = True,
     stages_per_rank: int | None = None,
     placement: str | None = None,
+    replicas: Sequence[int] | None = None,
 ) -> Any:
     """Make a pipelined training step of one that is written for a single device.
 
@@ -68,6 +69,9 @@ def parallelize(
             schedule is made for: two for interleaved and V-shaped ones, one for the others.
         placement: of these on the ranks: "round_robin" (stage s on rank s mod R), or "v" (down the ranks and up
             again). By default as the schedule needs it.
+        replicas: how many ranks of the stage axis each stage has, such as `(2, 1, 1)` on an axis of four: they split
+            the examples of every micro-batch, and stages get work in proportion. One each by default. Where a rank
+            has several stages, of each rank of the timetable.
 
     Returns: a `PipelinedStep`.
 
@@ -105,6 +109,7 @@ def parallelize(
             donate,
             stages_per_rank,
             placement,
+            replicas,
         )
         return PipelinedStep(signature, mesh, axes, options)
 

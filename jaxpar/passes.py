@@ -48,6 +48,7 @@ class Options:
     donate: bool
     stages_per_rank: int | None
     placement: str | None
+    replicas: Sequence[int] | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_microbatches, int | np.integer) or self.num_microbatches < 1:
@@ -55,7 +56,21 @@ class Options:
         count = self.stages_per_rank
         if count is not None and (not isinstance(count, int | np.integer) or count < 1):
             raise PlanError(f"stages_per_rank is {count!r}; it must be a whole number, at least 1.")
+        if self.replicas is not None and any(not isinstance(d, int | np.integer) or d < 1 for d in self.replicas):
+            raise PlanError(f"replicas is {self.replicas!r}; it must be a whole number, at least 1, for each stage.")
         self.rank_of(1)  # so that a wrong placement shows at once
+
+    def groups(self, num_ranks: int) -> tuple[tuple[int, ...], ...]:
+        """The positions on the stage axis that are replicas of each other: neighbours."""
+        if self.replicas is None:
+            return tuple((r,) for r in range(num_ranks))
+        if sum(self.replicas) != num_ranks:
+            raise PlanError(
+                f"replicas={tuple(self.replicas)} takes {sum(self.replicas)} ranks, but the mesh has {num_ranks} on "
+                "its axis of stages: the numbers must add up to that."
+            )
+        ends = np.cumsum(self.replicas).tolist()
+        return tuple(tuple(range(end - d, end)) for end, d in zip(ends, self.replicas, strict=True))
 
     def rank_of(self, num_ranks: int) -> tuple[int, ...]:
         """The rank of each stage: as asked for, or as the schedule needs it."""
@@ -115,6 +130,7 @@ def run_passes(
         layouts: where the state is, if it is placed already: the plan then follows it.
     """
     microbatch = microbatch_size(arguments, axes, options.num_microbatches)
+    groups = layouts[0].groups if layouts else options.groups(axes.num_ranks)
     platform = mesh.devices.flat[0].platform
     sizes = (arguments.num_examples, trace_size(arguments.num_examples, microbatch))
     (whole, shapes), (small, _) = map(arguments.trace, sizes)
@@ -122,8 +138,8 @@ def run_passes(
     outputs = match_state_outputs(arguments, shapes, program.carries_over, options.new_state)
     plan = plan_stages(
         program,
-        options.rank_of(axes.num_ranks),
-        axes.num_ranks,
+        options.rank_of(len(groups)),
+        groups,
         microbatch,
         Roofline.for_platform(platform),
         judge=lambda dag, costs: _simulated_seconds(options, dag, costs),
@@ -136,7 +152,7 @@ def run_passes(
     if layouts is None:
         layouts = _lay_out(arguments, plan, specs, mesh, axes)
     staged = _jax.copies_rings(platform)
-    machine = build_machine(program, plan.graph, timetable, axes, microbatch, layouts, outputs.state_outputs, staged)
+    machine = build_machine(program, plan.graph, timetable, axes, groups, layouts, outputs.state_outputs, staged)
     jitted = _jit(build_step(machine, mesh), outputs.updated, options.donate)
     return Built(arguments, program, plan, timetable, search, machine, layouts, outputs, jitted)
 
@@ -212,7 +228,7 @@ def _lay_out(
         leaves = [(arguments.names[j], arguments.leaves[j].shape, arguments.leaves[j].dtype, specs[j]) for j in mine]
         stages = [homes.stage[j] for j in mine]
         order = {k: (homes.stage[j] or 0, homes.order.get(j, (0, j))) for k, j in enumerate(mine)}
-        layouts.append(make_layout(mesh, axes.stage, (tree,), leaves, stages, plan.graph.rank_of, order))
+        layouts.append(make_layout(mesh, axes.stage, (tree,), leaves, stages, plan.graph.rank_of, plan.groups, order))
     return tuple(layouts)
 
 

@@ -22,21 +22,16 @@ from jaxpar.lower.invariants import expand_invariants
 from jaxpar.lower.packing import Place, add_to_buffers, fill_buffers, keep_whole, read_place
 from jaxpar.lower.rounds import Source
 from jaxpar.lower.slots import Mail, Residuals, RingPlace
+from jaxpar.lower.totals import COMBINE
 from jaxpar.plan import Bundle, Node, StageGraph
 from jaxpar.trace import Eqn, Var
 from jaxpar.trace.fingerprint import fingerprint_eqns
 
 Carry = dict[str, list[Any]]
-COMBINE = {
-    "sum": jnp.add,
-    "max": jnp.maximum,
-    "min": jnp.minimum,
-    "prod": jnp.multiply,
-    "and": jnp.bitwise_and,
-    "or": jnp.bitwise_or,
-}
 
-BRANCH, STORE, MICROBATCH, FIRST_COLUMN = 0, 1, 2, 3  # columns of the table of registers
+# Columns of the table of registers: which branch, which way to store residuals, the number of the micro-batch, its
+# first row in the replica's batch, and then where values are.
+BRANCH, STORE, MICROBATCH, ROW, FIRST_COLUMN = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +39,7 @@ class Branch:
     """One action of one stage, in terms of buffers and columns of the register table."""
 
     node: Node
+    examples: int  # that it works on
     eqns: tuple[Eqn, ...]
     invariants: tuple[tuple[Var, Source], ...]
     batch: tuple[tuple[Var, int], ...]
@@ -65,7 +61,7 @@ class Branch:
             self.invariants, self.batch, self.ring_reads, self.mail_reads, self.ring_writes, self.partials, self.outputs
         )  # fmt: skip
         rest = [[entry[1:] for entry in group] for group in groups]
-        return f"{text} {rest} {[(box, [p for _, p in values]) for box, values in self.sends]}"
+        return f"{self.examples} {text} {rest} {[(box, [p for _, p in values]) for box, values in self.sends]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +119,7 @@ def make_branch(graph: StageGraph, node: Node, storage: Storage) -> Branch:
             sends.setdefault(box, []).extend(zip(b.values, places, strict=True))
     return Branch(
         node,
+        graph.shares[stage].count,
         (*inline, *program.eqns),
         tuple((v, storage.invariants[graph.rank_of[stage]][v]) for v in stored),
         tuple((v, storage.batch[v]) for v in program.batch),
@@ -137,7 +134,7 @@ def make_branch(graph: StageGraph, node: Node, storage: Storage) -> Branch:
 
 
 def register_values(branch: Branch, microbatch: int, residuals: Residuals, mail: Mail) -> list[int]:
-    """The columns after the first two, for one micro-batch."""
+    """The columns from `FIRST_COLUMN` on, for one micro-batch."""
     values: list[int] = []
     done: set[Bundle] = set()
     for kind, bundle in branch.columns:
@@ -177,7 +174,7 @@ def run_branch(
         assert source.place is not None
         env[v] = _jax.wrap_key(read_place(stored[source.group], source.place), v.dtype)
     for v, leaf in branch.batch:
-        env[v] = lax.dynamic_slice_in_dim(batch[leaf], registers[MICROBATCH] * rows.count, rows.count)
+        env[v] = lax.dynamic_slice_in_dim(batch[leaf], registers[ROW], rows.count)
     for v, first, place in branch.ring_reads:
         ring = carry["rings"][place.ring]
         raw, carry["rings"][place.ring] = _read_ring(ring, column(first + place.column), place)

@@ -133,8 +133,32 @@ def keep_axes(entry: Any, dropped: frozenset[str]) -> Any:
     return kept[0] if len(kept) == 1 else (kept or None)
 
 
+def _take_examples(eqn: Eqn, values: Sequence[Any], rows: Rows) -> Sequence[Any]:
+    axis, first, count = eqn.params["dim"] + 1, eqn.params["first"], eqn.params["count"]
+    return [_unpart_examples(lax.slice_in_dim(_part_examples(values[0], eqn), first, first + count, axis=axis), eqn)]
+
+
+def _join_examples(eqn: Eqn, values: Sequence[Any], rows: Rows) -> Sequence[Any]:
+    parts = [_part_examples(x, eqn) for x in values]
+    return [_unpart_examples(jnp.concatenate(parts, axis=eqn.params["dim"] + 1), eqn)]
+
+
+def _part_examples(x: Any, eqn: Eqn) -> Any:
+    """`[..., outer * n * inner, ...] -> [..., outer, n, inner, ...]`."""
+    dim, outer, inner = eqn.params["dim"], eqn.params["outer"], eqn.params["inner"]
+    return x.reshape(*x.shape[:dim], outer, x.shape[dim] // (outer * inner), inner, *x.shape[dim + 1 :])
+
+
+def _unpart_examples(x: Any, eqn: Eqn) -> Any:
+    """`[..., outer, n, inner, ...] -> [..., outer * n * inner, ...]`."""
+    dim = eqn.params["dim"]
+    return x.reshape(*x.shape[:dim], math.prod(x.shape[dim : dim + 3]), *x.shape[dim + 3 :])
+
+
 _SPECIAL = {
     "alias": lambda eqn, values, rows: values,
+    "take_examples": _take_examples,
+    "join_examples": _join_examples,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -36,11 +36,12 @@ def init_leaves(
     for layout in layouts:
         values = list(zip(layout.leaves, body.outputs[start : start + len(layout.leaves)], strict=True))
         start += len(layout.leaves)
-        rows = [[(leaf.place, atom) for leaf, atom in values if leaf.rank == r] for r in range(axes.num_ranks)]
+        rows = [[(leaf.place, atom) for leaf, atom in values if r in leaf.ranks] for r in range(axes.num_ranks)]
         groups.append(make_group(layout.packing, rows))  # type: ignore[arg-type]
-        everywhere += [atom for leaf, atom in values if leaf.rank is None]
+        everywhere += [atom for leaf, atom in values if not leaf.ranks]
     sources = {v: Source("shared", None, i) for i, v in enumerate(shared)}
-    rounds = build_rounds(body.eqns, dict.fromkeys(shared), [sources] * axes.num_ranks, groups, everywhere)
+    replicas = layouts[0].groups
+    rounds = build_rounds(body.eqns, dict.fromkeys(shared), [sources] * axes.num_ranks, groups, replicas, everywhere)
 
     def local(*inputs: Any) -> Any:
         stored = {"shared": [*inputs, *map(jnp.asarray, body.consts.values())]}

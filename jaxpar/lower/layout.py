@@ -19,16 +19,21 @@ from jaxpar.lower.packing import Item, Packing, Place, pack_items
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf of the user's state. `stage` and its `rank` are None where every rank keeps it."""
+    """One leaf of the user's state, kept by the ranks of its stage; `stage` is None where every rank keeps it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: Any
     stage: int | None
-    rank: int | None
+    ranks: tuple[int, ...]  # replicas of the stage, each with a copy; none where every rank keeps it
     spec: tuple[Any, ...]  # sharding over the axes that jaxpar leaves to the compiler
-    place: Place | None  # in the owner's buffers
+    place: Place | None  # in its ranks' buffers
     shared: int | None  # number among the leaves that every rank keeps
+
+    @property
+    def rank(self) -> int | None:
+        """The first of its ranks; None where every rank keeps it."""
+        return self.ranks[0] if self.ranks else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +45,13 @@ class StateLayout:
     trees: tuple[Any, ...]  # of the state arguments
     leaves: tuple[Leaf, ...]
     packing: Packing
+    groups: tuple[tuple[int, ...], ...]  # ranks that are replicas of each other
 
     @cached_property
     def token(self) -> str:
         """Equal for equal layouts, also in another process."""
         devices = [d.id for d in self.mesh.devices.flat]
-        text = repr((devices, dict(self.mesh.shape), self.leaves, self.packing.buffers))
+        text = repr((devices, dict(self.mesh.shape), self.groups, self.leaves, self.packing.buffers))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -60,7 +66,7 @@ class StateLayout:
 
     @property
     def shared(self) -> tuple[Leaf, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.rank is None)
+        return tuple(leaf for leaf in self.leaves if not leaf.ranks)
 
     @property
     def rank_bytes(self) -> tuple[int, ...]:
@@ -126,12 +132,18 @@ def make_layout(
     leaves: Sequence[tuple[str, tuple[int, ...], Any, tuple[Any, ...]]],
     stages: Sequence[int | None],
     rank_of: Sequence[int],
+    groups: Sequence[Sequence[int]],
     order: Mapping[int, Any],
 ) -> StateLayout:
-    """Lay out leaves `(name, shape, dtype, spec)`, whose owners are `stages`, in each rank's canonical `order`."""
+    """Lay out leaves `(name, shape, dtype, spec)`, whose owners are `stages`, in each rank's canonical `order`.
+
+    Args:
+        rank_of: the group of each stage.
+        groups: of each group, its ranks.
+    """
     num_ranks = mesh.shape[stage_axis]
-    ranks = [None if s is None else rank_of[s] for s in stages]
-    mine = [sorted((i for i, r in enumerate(ranks) if r == rank), key=order.__getitem__) for rank in range(num_ranks)]
+    ranks = [() if s is None else tuple(groups[rank_of[s]]) for s in stages]
+    mine = [sorted((i for i, rs in enumerate(ranks) if rank in rs), key=order.__getitem__) for rank in range(num_ranks)]
 
     def item(i: int) -> Item:
         _, shape, dtype, spec = leaves[i]
@@ -140,12 +152,12 @@ def make_layout(
 
     packing = pack_items([[item(i) for i in rank] for rank in mine])
     places = {i: p for rank, row in zip(mine, packing.places, strict=True) for i, p in zip(rank, row, strict=True)}
-    shared = {i: k for k, i in enumerate(i for i, r in enumerate(ranks) if r is None)}
+    shared = {i: k for k, i in enumerate(i for i, rs in enumerate(ranks) if not rs)}
     made = [
         Leaf(name, shape, dtype, stages[i], ranks[i], spec, places.get(i), shared.get(i))
         for i, (name, shape, dtype, spec) in enumerate(leaves)
     ]
-    return StateLayout(mesh, stage_axis, tuple(trees), tuple(made), packing)
+    return StateLayout(mesh, stage_axis, tuple(trees), tuple(made), packing, tuple(map(tuple, groups)))
 
 
 def place_leaves(layout: StateLayout, values: Sequence[Any]) -> PlacedState:
@@ -153,8 +165,9 @@ def place_leaves(layout: StateLayout, values: Sequence[Any]) -> PlacedState:
     num_ranks = layout.mesh.shape[layout.stage_axis]
     held: list[dict[int, list[tuple[Place, Any]]]] = [{} for _ in layout.packing.buffers]
     for leaf, value in zip(layout.leaves, values, strict=True):
-        if leaf.place is not None and leaf.rank is not None:
-            held[leaf.place.buffer].setdefault(leaf.rank, []).append((leaf.place, value))
+        for rank in leaf.ranks:
+            assert leaf.place is not None
+            held[leaf.place.buffer].setdefault(rank, []).append((leaf.place, value))
     buffers = []
     for i, (item, ranks) in enumerate(zip(layout.packing.buffers, held, strict=True)):
 
@@ -170,7 +183,7 @@ def place_leaves(layout: StateLayout, values: Sequence[Any]) -> PlacedState:
         # a copy, so that donating the placed state leaves the user's own arrays alone
         jax.device_put(_copy(v), everywhere)
         for leaf, v in zip(layout.leaves, values, strict=True)
-        if leaf.rank is None
+        if not leaf.ranks
     ]
     return PlacedState(buffers, shared, layout)
 
@@ -199,12 +212,12 @@ def gather_leaves(state: PlacedState) -> list[Any]:
     rows: dict[tuple[int, int], np.ndarray] = {}
     values = []
     for leaf in state.layout.leaves:
-        if leaf.rank is None or leaf.place is None:
+        if leaf.place is None:
             raw = _fetch(state.shared[leaf.shared or 0])
         else:
-            key = (leaf.place.buffer, leaf.rank)
+            key = (leaf.place.buffer, leaf.ranks[0])
             if key not in rows:
-                rows[key] = _fetch_row(state.buffers[leaf.place.buffer], leaf.rank)
+                rows[key] = _fetch_row(state.buffers[leaf.place.buffer], leaf.ranks[0])
             raw = rows[key]
             if leaf.place.offset is not None:
                 size = int(np.prod(leaf.place.shape, dtype=np.int64))

@@ -2,7 +2,7 @@
 
     totals of the batch alone -> prelude (each rank's invariants)
         -> scan over ticks { exchange; switch over stage programs; deliver }
-        -> one reduction over replicas -> update rounds
+        -> one reduction over replicas (of the data axis, of each group of ranks) -> update rounds
 
 `build_machine` is read from top to bottom; everything that it decides is data.
 """
@@ -19,6 +19,7 @@ from jaxpar.lower.branches import (
     BRANCH,
     FIRST_COLUMN,
     MICROBATCH,
+    ROW,
     STORE,
     Branch,
     Storage,
@@ -37,10 +38,11 @@ from jaxpar.lower.once import (
     shared_values,
 )
 from jaxpar.lower.packing import Packing
+from jaxpar.lower.replicas import replicate_stages
 from jaxpar.lower.rounds import Rounds
 from jaxpar.lower.slots import Mail, Residuals, allocate_mailboxes, allocate_residuals
 from jaxpar.lower.staging import Staging, plan_staging
-from jaxpar.lower.totals import early_eqns, pack_totals, totals_places
+from jaxpar.lower.totals import Doubling, early_eqns, pack_totals, plan_doubling, totals_places
 from jaxpar.plan import Node, StageGraph
 from jaxpar.schedule import Timetable
 from jaxpar.trace import Eqn, Program, Var
@@ -52,7 +54,7 @@ class Machine:
     graph: StageGraph
     timetable: Timetable
     axes: Axes
-    microbatch: int
+    groups: tuple[tuple[int, ...], ...]  # ranks that are replicas of each other
     layouts: tuple[StateLayout, ...]  # of the state arguments
     routing: Routing
     residuals: Residuals
@@ -62,6 +64,7 @@ class Machine:
     registers: np.ndarray  # [ticks, ranks, columns]
     arrivals: np.ndarray  # [ticks, ranks, mailboxes]
     totals: Packing
+    doubling: tuple[Doubling, ...]  # the rounds that complete totals over each group
     early: tuple[Eqn, ...]  # totals that depend on the batch alone, with what is behind them
     prelude: Rounds
     update: Rounds
@@ -79,7 +82,7 @@ def build_machine(
     graph: StageGraph,
     timetable: Timetable,
     axes: Axes,
-    microbatch: int,
+    groups: Sequence[Sequence[int]],
     layouts: Sequence[StateLayout],
     state_outputs: Mapping[int, int],
     staged: bool,
@@ -87,18 +90,23 @@ def build_machine(
     """Lower a plan.
 
     Args:
+        graph: stages on groups of ranks.
+        timetable: of these groups.
+        groups: of each group, its ranks.
         layouts: of the state arguments; their leaves, in order, are the program's state inputs.
         state_outputs: number of the state input that an output is the new value of.
         staged: keep residuals by way of a staging area.
     """
+    replication = replicate_stages(graph, groups)
+    graph, timetable = replication.graph, replication.timetable(timetable)
     routing = colour_channels(graph)
-    residuals = allocate_residuals(graph, timetable, microbatch)
-    mail = allocate_mailboxes(graph, timetable, routing, microbatch)
+    residuals = allocate_residuals(graph, timetable)
+    mail = allocate_mailboxes(graph, timetable, routing)
     totals = pack_totals(graph)
     early = early_eqns(program)
     shared = shared_values(program, layouts, early)
     owned = owned_sources(program, layouts, axes.num_ranks)
-    prelude, invariants = build_prelude(program, graph, owned, shared)
+    prelude, invariants = build_prelude(program, graph, groups, owned, shared)
     storage = Storage(
         residuals,
         mail,
@@ -107,19 +115,20 @@ def build_machine(
         {v: (place, tag) for (v, tag), place in totals_places(graph, totals).items()},
         {v: k for k, v in enumerate(batched_outputs(program))},
     )
-    branches, staging, registers = _build_branches(graph, timetable, storage)
+    microbatch = program.num_examples // (axes.replicas * timetable.num_microbatches)
+    branches, staging, registers = _build_branches(graph, timetable, storage, microbatch)
     arrivals = (
         np.stack([box.arrival for box in mail.boxes], -1)
         if mail.boxes
         else np.zeros((*registers.shape[:2], 0), np.int32)
     )
-    update, outputs = build_update(program, graph, layouts, totals, owned, shared, state_outputs)
+    update, outputs = build_update(program, graph, groups, layouts, totals, owned, shared, state_outputs)
     return Machine(
         program,
         graph,
         timetable,
         axes,
-        microbatch,
+        tuple(map(tuple, groups)),
         tuple(layouts),
         routing,
         residuals,
@@ -129,6 +138,7 @@ def build_machine(
         registers,
         arrivals,
         totals,
+        plan_doubling(groups),
         early,
         prelude,
         update,
@@ -138,7 +148,7 @@ def build_machine(
 
 
 def _build_branches(
-    graph: StageGraph, timetable: Timetable, storage: Storage
+    graph: StageGraph, timetable: Timetable, storage: Storage, microbatch: int
 ) -> tuple[tuple[Branch, ...], Staging, np.ndarray]:
     """The distinct branches, the distinct places of their residuals, and the table of registers. Number 0 is idling."""
     nodes: set[Node] = {(a.kind, a.stage) for row in timetable.grid for a in row if a is not None and a.kind != "U"}
@@ -158,5 +168,6 @@ def _build_branches(
             table[tick, rank, BRANCH] = 1 + branch_of[node]
             table[tick, rank, STORE] = staging.number_of.get(kept[branch_of[node]], 0)
             table[tick, rank, MICROBATCH] = action.microbatch
+            table[tick, rank, ROW] = action.microbatch * microbatch + graph.shares[action.stage].first
             table[tick, rank, FIRST_COLUMN : FIRST_COLUMN + len(values)] = values
     return tuple(kept), staging, table

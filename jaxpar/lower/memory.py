@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from jaxpar.lower.machine import Machine
+from jaxpar.lower.once import examples_of_output
 from jaxpar.lower.slots import item_of
 from jaxpar.trace import Eqn, Var
 
@@ -56,8 +57,8 @@ def estimate_memory(machine: Machine) -> MemoryEstimate:
         mailboxes=machine.mail.bytes,
         exchange=payload * (2 if machine.timetable.exchange == 2 else 1),
         prelude=machine.prelude.groups[0].packing.bytes,
-        working=max(_peak_alive(b.eqns, machine.microbatch) for b in machine.branches),
-        outputs=sum(item_of(v, machine.microbatch).bytes * count for v in per_example),
+        working=max(_peak_alive(b.eqns, b.examples) for b in machine.branches),
+        outputs=sum(item_of(v, examples_of_output(machine.graph, v)).bytes * count for v in per_example),
     )
 
 

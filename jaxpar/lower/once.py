@@ -11,7 +11,7 @@ from jaxpar.lower.layout import StateLayout
 from jaxpar.lower.packing import Packing, Place, pack_items
 from jaxpar.lower.rounds import Group, Rounds, Source, build_rounds, is_small, make_group, place_equations
 from jaxpar.lower.slots import item_of
-from jaxpar.lower.totals import totals_places
+from jaxpar.lower.totals import totals_on, totals_places
 from jaxpar.plan import StageGraph
 from jaxpar.trace import Atom, Eqn, Program, Var
 
@@ -38,12 +38,17 @@ def batched_outputs(program: Program) -> list[Var]:
     return list(dict.fromkeys(v for v in program.outputs if isinstance(v, Var) and program.is_batched(v)))
 
 
+def examples_of_output(graph: StageGraph, v: Var) -> int:
+    """How many of a micro-batch's examples one rank computes of a per-example output."""
+    return graph.shares[next(p.node[1] for p in graph.programs.values() if v in p.outputs)].count
+
+
 def shared_values(program: Program, layouts: Sequence[StateLayout], early: Sequence[Eqn]) -> tuple[Var, ...]:
     state = iter(leaf for layout in layouts for leaf in layout.leaves)
     values = []
     for v, role in zip(program.inputs, program.roles, strict=True):
         if role == "state":
-            if next(state).rank is None:
+            if not next(state).ranks:
                 values.append(v)
         elif not program.is_batched(v):
             values.append(v)
@@ -55,21 +60,24 @@ def owned_sources(program: Program, layouts: Sequence[StateLayout], num_ranks: i
     rows: list[dict[Var, Source]] = [{} for _ in range(num_ranks)]
     for k, layout in enumerate(layouts):
         for leaf, v in zip(layout.leaves, state, strict=False):
-            if leaf.rank is not None:
-                rows[leaf.rank][v] = Source(f"state{k}", leaf.place)
+            for rank in leaf.ranks:
+                rows[rank][v] = Source(f"state{k}", leaf.place)
     return rows
 
 
-def _homes(owned: Sequence[Mapping[Var, Source]], shared: Sequence[Var]) -> dict[Var, int | None]:
+def _homes(
+    owned: Sequence[Mapping[Var, Source]], shared: Sequence[Var], groups: Sequence[Sequence[int]]
+) -> dict[Var, int | None]:
     homes: dict[Var, int | None] = dict.fromkeys(shared)
-    for rank, sources in enumerate(owned):
-        homes.update(dict.fromkeys(sources, rank))
+    for group in groups:
+        homes.update(dict.fromkeys(owned[group[0]], group[0]))
     return homes
 
 
 def build_prelude(
     program: Program,
     graph: StageGraph,
+    groups: Sequence[Sequence[int]],
     owned: Sequence[Mapping[Var, Source]],
     shared: Sequence[Var],
 ) -> tuple[Rounds, list[dict[Var, Source]]]:
@@ -83,18 +91,20 @@ def build_prelude(
     packing = pack_items([[item_of(v, 1) for v in row] for row in wanted])
     group = make_group(packing, [zip(p, row, strict=True) for p, row in zip(packing.places, wanted, strict=True)])
     before = [e for e in program.eqns if program.phase[e] == "before"]
-    rounds = build_rounds(before, _homes(owned, shared), [{**everyone, **row} for row in owned], [group])
+    sources = [{**everyone, **row} for row in owned]
+    rounds = build_rounds(before, _homes(owned, shared, groups), sources, [group], groups)
     found = []
     for rank, row in enumerate(wanted):
-        sources = dict(owned[rank])
-        sources.update((v, Source("prelude", p)) for v, p in zip(row, packing.places[rank], strict=True))
-        found.append(sources)
+        mine = dict(owned[rank])
+        mine.update((v, Source("prelude", p)) for v, p in zip(row, packing.places[rank], strict=True))
+        found.append(mine)
     return rounds, found
 
 
 def build_update(
     program: Program,
     graph: StageGraph,
+    groups: Sequence[Sequence[int]],
     layouts: Sequence[StateLayout],
     totals: Packing,
     owned: Sequence[Mapping[Var, Source]],
@@ -105,18 +115,21 @@ def build_update(
     sources: list[dict[Var, Source]] = [
         {**{v: Source("shared", None, i) for i, v in enumerate(shared)}, **row} for row in owned
     ]
-    homes = _homes(owned, shared)
-    for (v, _), place in totals_places(graph, totals).items():
-        rank = graph.rank_of[graph.partial_home[v]]
-        homes[v] = rank
-        sources[rank][v] = Source("totals", place)
+    homes = _homes(owned, shared, groups)
+    places_of = totals_places(graph, totals)
+    for group in groups:
+        for v, op in (key for rank in group[:1] for key in totals_on(graph, rank)):
+            homes[v] = group[0]
+            for rank in group:
+                sources[rank][v] = Source("totals", places_of[v, op])
     eqns = [
         e for e in program.eqns if program.phase[e] in ("before", "linear", "after") or e.outputs[0] in program.late
     ]
     eqns = [e for e in eqns if program.phase[e] != "microbatch" and not any(v in homes for v in e.outputs)]
     eqns = _computable(eqns, homes)
-    groups, everywhere, hints = _new_state(program, layouts, state_outputs, graph.num_ranks)
+    results, everywhere, hints = _new_state(program, layouts, state_outputs, graph.num_ranks)
     located: list[list[int]] = [[] for _ in range(graph.num_ranks)]
+    peers = {rank: group for group in groups for rank in group}
     where = place_equations(eqns, homes, hints)
     for i, atom in enumerate(program.outputs):
         if i in state_outputs or program.is_batched(atom):
@@ -125,9 +138,10 @@ def build_update(
         if home is None or is_small(atom):  # type: ignore[arg-type]
             everywhere.append(i)
         else:
-            located[home].append(i)
+            for rank in peers[home]:
+                located[rank].append(i)
     packing = pack_items([[item_of(program.outputs[i], 1) for i in row] for row in located])  # type: ignore[arg-type]
-    groups.append(
+    results.append(
         make_group(
             packing,
             [
@@ -136,10 +150,12 @@ def build_update(
             ],
         )
     )
-    rounds = build_rounds(eqns, homes, sources, groups, [program.outputs[i] for i in everywhere], hints)
+    wanted = [program.outputs[i] for i in everywhere]
+    rounds = build_rounds(eqns, homes, sources, results, groups, wanted, hints)
     batched = tuple(i for i, a in enumerate(program.outputs) if program.is_batched(a))
-    places = tuple((i, r, p) for r, row in enumerate(located) for i, p in zip(row, packing.places[r], strict=True))
-    return rounds, Outputs(batched, tuple(everywhere), places, packing, dict(state_outputs), len(groups) - 1)
+    firsts = [group[0] for group in groups]
+    places = tuple((i, r, p) for r in firsts for i, p in zip(located[r], packing.places[r], strict=True))
+    return rounds, Outputs(batched, tuple(everywhere), places, packing, dict(state_outputs), len(results) - 1)
 
 
 def _new_state(
@@ -156,12 +172,13 @@ def _new_state(
             if k not in output_of:
                 continue
             atom = program.outputs[output_of[k]]
-            if leaf.rank is None or leaf.place is None:
+            if leaf.place is None:
                 everywhere.append(output_of[k])
                 continue
-            values[leaf.rank].append((leaf.place, atom))
+            for rank in leaf.ranks:
+                values[rank].append((leaf.place, atom))
             if isinstance(atom, Var):
-                hints[atom] = leaf.rank
+                hints[atom] = leaf.ranks[0]
         if first in output_of:
             groups.append(make_group(layout.packing, values))
         first += len(layout.leaves)

@@ -2,7 +2,8 @@
 
 Values live at one rank, or everywhere. An equation runs where its inputs live; scalars made of values of several
 ranks (a global norm) are computed everywhere. The work is cut into rounds: in each, every rank computes what the
-others need of it, and the values are exchanged; in the last it computes its results. A round starts from the stored
+others need of it, and the values are exchanged; in the last it computes its results. Ranks of one group hold the same
+state and do the same. A round starts from the stored
 buffers and from what was exchanged: what little two rounds have in common is computed twice, so nothing else has to
 be stored between them. What every rank would compute alike, from what all of them have, is done before the ranks'
 own programs, once for all.
@@ -111,6 +112,7 @@ def build_rounds(
     home: Mapping[Var, int | None],
     sources: Sequence[Mapping[Var, Source]],
     groups: Sequence[Group],
+    replicas: Sequence[Sequence[int]],
     everywhere: Sequence[Atom] = (),
     hints: Mapping[Var, int] | None = None,
 ) -> Rounds:
@@ -118,13 +120,14 @@ def build_rounds(
 
     Args:
         eqns: the equations that may be needed, in order.
-        home: rank of each stored value, None for one that every rank has.
+        home: rank of each stored value, the first of its group; None for one that every rank has.
         sources: for each rank, where it finds the stored values that it has.
         groups: results that each rank stores.
+        replicas: the ranks in groups, of which all members hold and want the same.
         everywhere: results that all ranks compute.
         hints: preferred rank of values that could be computed at several.
     """
-    return _Planner(list(eqns), home, sources, groups, everywhere, hints or {}).plan()
+    return _Planner(list(eqns), home, sources, groups, replicas, everywhere, hints or {}).plan()
 
 
 def place_equations(
@@ -167,9 +170,11 @@ class _Planner:
         home: Mapping[Var, int | None],
         sources: Sequence[Mapping[Var, Source]],
         groups: Sequence[Group],
+        replicas: Sequence[Sequence[int]],
         everywhere: Sequence[Atom],
         hints: Mapping[Var, int],
     ):
+        self.peers = {rank: tuple(members) for members in replicas for rank in members}
         self.sources, self.groups, self.everywhere = sources, groups, everywhere
         self.num_ranks = len(sources)
         self.producer = {v: eqn for eqn in eqns for v in eqn.outputs}
@@ -190,9 +195,9 @@ class _Planner:
         while stack:
             u, at = stack[-1]
             owner = self.home[u]
-            home = at if owner is None else owner
+            home = at if owner is None or at in self.peers[owner] else owner
             if home != at:
-                before = [(u, home)]
+                before = [(u, peer) for peer in self.peers[home]]
             elif u in self.producer and u not in self.sources[at]:
                 before = [(w, at) for w in self.producer[u].reads]
             else:
@@ -242,7 +247,7 @@ class _Planner:
 
     def _exchanged_by(self, rank: int, level: int) -> list[Var]:
         """What `rank` tells all others in a round, in an order that equal ranks have in common."""
-        values = [v for (v, home), at in self.exchanged.items() if at == level and home == rank]
+        values = [v for (v, home), at in self.exchanged.items() if at == level and rank in self.peers[home]]
         return sorted(values, key=self.first_stored.__getitem__)
 
     def _find_common(self, level: int, small: Sequence[Sequence[Var]], sends: Sequence[Any], final: bool) -> _Common:
@@ -271,9 +276,10 @@ class _Planner:
     def _group_sends(self, level: int) -> list[tuple[Item, tuple[tuple[int, int], ...], tuple[Var, ...]]]:
         """Large values of one shape travel together where their ranks allow it."""
         by_item: dict[Item, list[tuple[Var, int, int]]] = defaultdict(list)
-        for (v, src, dst), at in self.large.items():
+        for (v, home, dst), at in self.large.items():
             if at == level:
-                by_item[_item(v)].append((v, src, dst))
+                owners, readers = self.peers[home], self.peers[dst]
+                by_item[_item(v)].append((v, owners[readers.index(dst) % len(owners)], dst))
         groups = []
         for item, moves in by_item.items():
             colours = colour_edges([(src, dst) for _, src, dst in moves])
@@ -333,7 +339,7 @@ class _Planner:
             return Source(f"small{sent}", place, home)
         if v in self.sources[rank]:
             return self.sources[rank][v]
-        if home is None or home == rank:
+        if home is None or rank in self.peers[home]:
             return None
         sent, number = self.send_index[v, rank]
         return Source(f"sent{sent}", None, number)

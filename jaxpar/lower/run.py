@@ -8,13 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpar.lower.branches import BRANCH, MICROBATCH, Carry, run_branch
+from jaxpar.lower.branches import BRANCH, ROW, Carry, run_branch
 from jaxpar.lower.evaluate import Env, Rows, evaluate
 from jaxpar.lower.machine import Machine
-from jaxpar.lower.once import batch_inputs, batched_outputs
+from jaxpar.lower.once import batch_inputs, batched_outputs, examples_of_output
 from jaxpar.lower.rounds import run_rounds
 from jaxpar.lower.slots import item_of
-from jaxpar.lower.totals import identity_of, reduce_over_replicas
+from jaxpar.lower.totals import identity_of, reduce_over_group, reduce_over_replicas
 
 
 def run_machine(
@@ -44,7 +44,8 @@ def run_machine(
     stored["prelude"] = prelude
     carry = _run_ticks(machine, stored, batch, first)
     stored["totals"] = [
-        reduce_over_replicas(x, item.tag, axes) for x, item in zip(carry["totals"], machine.totals.buffers, strict=True)
+        reduce_over_group(reduce_over_replicas(x, item.tag, axes), item.tag, machine.doubling, axes.stage)
+        for x, item in zip(carry["totals"], machine.totals.buffers, strict=True)
     ]
     groups, everywhere = run_rounds(machine.update, stored, once, rank, axes.stage)
     return groups[:-1], everywhere, groups[-1], carry["outputs"]
@@ -63,7 +64,7 @@ def _run_early_totals(machine: Machine, everyone: Sequence[Any], batch: Sequence
 
 
 def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Sequence[Any], first: Any) -> Carry:
-    axes, mail, n, staging = machine.axes, machine.mail, machine.microbatch, machine.staging
+    axes, mail, staging = machine.axes, machine.mail, machine.staging
     rank = lax.axis_index(axes.stage)
     # unsigned, so that indexing with them need not look out for negative ones
     registers = jnp.asarray(machine.registers, jnp.uint32)[:, rank]
@@ -74,18 +75,16 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
         return [[lax.ppermute(x, axes.stage, p) for x in payload] for payload, p in zip(sent, pairs, strict=True)]
 
     def act(row: Any, carry: Carry) -> Carry:
-        rows = Rows(
-            n,
-            machine.program.num_examples,
-            first + lax.convert_element_type(row[MICROBATCH] * n, jnp.int32),
-            axes.manual,
-        )
+        start = first + lax.convert_element_type(row[ROW], jnp.int32)
         fresh = lambda: {"staging": staging.fresh()} if staging is not None else {}
         branches: list[Any] = [lambda c: {**c, **fresh()}]
         for b in machine.branches:
             store = None if staging is None else staging.store_of(b)
+            rows = Rows(b.examples, machine.program.num_examples, start, axes.manual)
             branches.append(
-                lambda c, b=b, store=store: run_branch(b, row, {**c, **fresh()}, stored, batch, mail, rows, store)
+                lambda c, b=b, store=store, rows=rows: run_branch(
+                    b, row, {**c, **fresh()}, stored, batch, mail, rows, store
+                )
             )
         return lax.switch(lax.convert_element_type(row[BRANCH], jnp.int32), branches, carry)
 
@@ -110,11 +109,10 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
 
 
 def _initial_carry(machine: Machine) -> Carry:
-    n, count = machine.microbatch, machine.timetable.num_microbatches
-    boxes = machine.mail.boxes
+    count, boxes = machine.timetable.num_microbatches, machine.mail.boxes
     outputs = []
     for v in batched_outputs(machine.program):
-        item = item_of(v, n)
+        item = item_of(v, examples_of_output(machine.graph, v))
         outputs.append(jnp.zeros((count, *item.shape), item.dtype))
     return {
         "totals": [identity_of(item) for item in machine.totals.buffers],

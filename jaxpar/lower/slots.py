@@ -88,7 +88,7 @@ class Residuals:
         return sum(r.bytes for r in self.rings)
 
 
-def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Residuals:
+def allocate_residuals(graph: StageGraph, timetable: Timetable) -> Residuals:
     """Each value of a stage has a ring, as long as the most micro-batches in flight; the k-th value of one shape on
     each rank has the same one. Equal layers then read their residuals by equal code, which XLA compiles once.
 
@@ -99,7 +99,8 @@ def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Resid
         b: [(tick_of(timetable, b.source, m), last_read(timetable, b, m)) for m in range(timetable.num_microbatches)]
         for b in local
     }
-    units = [u for rank in range(graph.num_ranks) for u in _make_units(graph, rank, local, lives, n)]
+    examples = [graph.share_on(rank).count for rank in range(graph.num_ranks)]
+    units = [u for rank, n in enumerate(examples) for u in _make_units(graph, rank, local, lives, n)]
     units.sort(key=lambda u: -u.depth)  # long rings meet long rings
     need: list[dict[Item, list[int]]] = [defaultdict(list) for _ in range(graph.num_ranks)]
     for u in units:
@@ -124,7 +125,7 @@ def allocate_residuals(graph: StageGraph, timetable: Timetable, n: int) -> Resid
             seen: Counter[Item] = Counter()
             found = []
             for v in b.values:
-                item = item_of(v, n)
+                item = item_of(v, examples[u.rank])
                 kind = _ROW if item in rows else item.dtype.name
                 offset = kinds.setdefault(kind, 0)
                 column = list(kinds).index(kind)
@@ -248,7 +249,7 @@ class Mail:
         return sum(box.rows * box.packing.bytes for box in self.boxes)
 
 
-def allocate_mailboxes(graph: StageGraph, timetable: Timetable, routing: Routing, n: int) -> Mail:
+def allocate_mailboxes(graph: StageGraph, timetable: Timetable, routing: Routing) -> Mail:
     """One mailbox for each channel and kind of last reader."""
     parts: dict[tuple[int, str], list[Bundle]] = defaultdict(list)
     for b in graph.bundles:
@@ -259,7 +260,8 @@ def allocate_mailboxes(graph: StageGraph, timetable: Timetable, routing: Routing
     edge_of: dict[Bundle, int] = {}
     row: dict[tuple[Bundle, int], int] = {}
     for (channel, _), bundles in sorted(parts.items(), key=lambda part: part[0]):
-        packing = pack_items([[item_of(v, n) for v in b.values] for b in bundles], _SMALL_MAIL_BYTES)
+        items = [[item_of(v, graph.shares[b.stage].count) for v in b.values] for b in bundles]
+        packing = pack_items(items, _SMALL_MAIL_BYTES)
         live: list[list[tuple[int, int, int]]] = [[] for _ in range(graph.num_ranks)]
         for edge, b in enumerate(bundles):
             box_of[b], edge_of[b] = len(boxes), edge

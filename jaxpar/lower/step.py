@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxpar import _jax
 from jaxpar.lower.layout import PlacedState, StateLayout
 from jaxpar.lower.machine import Machine
+from jaxpar.lower.once import examples_of_output
 from jaxpar.lower.packing import keep_sharding, read_place
 from jaxpar.lower.run import run_machine
 from jaxpar.trace import Batched, Var
@@ -68,7 +69,8 @@ def build_step(machine: Machine, mesh: Mesh) -> Callable[..., Any]:
         for i in machine.outputs.batched:
             v = program.outputs[i]
             assert isinstance(v, Var)
-            outputs[i] = _whole_batch(batched[distinct.index(v)][_owner(machine, v)], v, program.num_examples)
+            rows_of = batched[distinct.index(v)]
+            outputs[i] = _whole_batch(machine, [rows_of[r] for r in _owners(machine, v)], v)
         return _new_states(machine, new_buffers, outputs), outputs
 
     return step
@@ -90,7 +92,7 @@ def _shared_inputs(machine: Machine, states: Sequence[PlacedState], shared: Sequ
     values = []
     for v, role in zip(machine.program.inputs, machine.program.roles, strict=True):
         if role == "state":
-            if next(leaves).rank is None:
+            if not next(leaves).ranks:
                 values.append(next(kept))
         elif not machine.program.is_batched(v):
             values.append(next(others))
@@ -103,7 +105,7 @@ def _new_states(machine: Machine, buffers: Sequence[Sequence[Any]], outputs: lis
     states, first = [], 0
     for layout in machine.layouts:
         if first in output_of:
-            shared = [outputs[output_of[k]] for k, leaf in enumerate(layout.leaves, first) if leaf.rank is None]
+            shared = [outputs[output_of[k]] for k, leaf in enumerate(layout.leaves, first) if not leaf.ranks]
             sharded = next(rows)
             if set(layout.mesh.axis_names) != set(machine.axes.manual):
                 sharded = [
@@ -116,10 +118,10 @@ def _new_states(machine: Machine, buffers: Sequence[Sequence[Any]], outputs: lis
     return states
 
 
-def _owner(machine: Machine, v: Var) -> int:
-    """The rank that computes a per-example output."""
-    node = next(n for n, p in machine.graph.programs.items() if v in p.outputs)
-    return machine.timetable.dag.rank_of[node[1]]
+def _owners(machine: Machine, v: Var) -> list[int]:
+    """The ranks that compute a per-example output, in the order of their examples."""
+    stages = sorted(n[1] for n, p in machine.graph.programs.items() if v in p.outputs)
+    return [machine.graph.rank_of[s] for s in stages]
 
 
 # -- per-example outputs: [M, ..., outer * b * inner, ...] to the whole batch's rows
@@ -142,6 +144,12 @@ def _join_microbatches(x: Any, t: Any) -> Any:
     return x.reshape(*shape[: t.dim], t.outer, count * b, t.inner, *shape[t.dim + 1 :])
 
 
-def _whole_batch(x: Any, v: Var, num_examples: int) -> Any:
-    raw = x.reshape(*_jax.raw_shape(v.shape_at(num_examples), v.dtype)[0])
+def _whole_batch(machine: Machine, parts: Sequence[Any], v: Var) -> Any:
+    """The rows of all replicas of the stage, `[pre, outer, D * M * b, inner, post]` of each, as the user has them."""
+    dim = _rows_dim(machine.program.type_of(v))
+    total = parts[0].shape[dim]
+    count = examples_of_output(machine.graph, v)
+    split = [x.reshape(*x.shape[:dim], total // count, count, *x.shape[dim + 1 :]) for x in parts]
+    joined = jnp.concatenate(split, axis=dim + 1) if len(split) > 1 else split[0]
+    raw = joined.reshape(*_jax.raw_shape(v.shape_at(machine.program.num_examples), v.dtype)[0])
     return _jax.wrap_key(raw, v.dtype)

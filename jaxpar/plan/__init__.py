@@ -13,7 +13,7 @@ from jaxpar.plan.plan import Plan, StageSummary, plan_stages
 from jaxpar.plan.plan_check import check_request
 from jaxpar.plan.plan_edit import sort_stages
 from jaxpar.plan.predict import Prediction, estimate_step, predict, stage_memory, stage_seconds
-from jaxpar.plan.stages import Bundle, Node, StageGraph, StageProgram, route_values
+from jaxpar.plan.stages import Bundle, Node, Share, StageGraph, StageProgram, route_values
 from jaxpar.plan.time_curve import TimeCurve
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "PlannedStage",
     "Prediction",
     "Roofline",
+    "Share",
     "StageGraph",
     "StageProgram",
     "StageSummary",

@@ -80,8 +80,9 @@ def depth_first_order(flow: Flow) -> list[int]:
     return order
 
 
-def balance_stages(seq: ForwardOrder, num_stages: int, device: Roofline) -> tuple[int, ...]:
-    """The starts of the stages, as indices into the sequence."""
+def balance_stages(seq: ForwardOrder, replicas: Sequence[int], device: Roofline) -> tuple[int, ...]:
+    """The starts of the stages, as indices into the sequence; a stage with d replicas gets d times the work."""
+    num_stages = len(replicas)
     candidates = _cut_candidates(seq, num_stages)
     if len(candidates) < num_stages:
         raise PlanError(
@@ -92,9 +93,9 @@ def balance_stages(seq: ForwardOrder, num_stages: int, device: Roofline) -> tupl
     bounds = np.append(candidates, len(seq.eqns))
     prefix = np.concatenate([[0.0], np.cumsum(seq.seconds)])
     times = np.diff(prefix[bounds])
-    mean = prefix[-1] / num_stages
+    mean = prefix[-1] / sum(replicas)
     cut_costs = [seq.crossing[i] / device.link + mean * _clumsiness(seq, i) for i in candidates]
-    starts = partition_sequence(list(times), cut_costs, num_stages, _TOLERANCE)
+    starts = partition_sequence(list(times), cut_costs, num_stages, _TOLERANCE, replicas)
     return tuple(int(candidates[i]) for i in starts)
 
 

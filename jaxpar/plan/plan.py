@@ -27,9 +27,10 @@ from jaxpar.trace import Eqn, Program, Var
 
 @dataclass(frozen=True)
 class StageSummary:
-    """What one stage is and costs, per micro-batch of one replica."""
+    """What one stage is and costs, per micro-batch on one of its replicas."""
 
     modules: str
+    replicas: int
     parameters: int  # elements of the state that its programs read and it owns
     state_bytes: int  # of all the state that it owns
     forward_flops: float
@@ -50,17 +51,19 @@ class Plan:
     homes: Homes
     summaries: tuple[StageSummary, ...]
     microbatch: int
+    groups: tuple[tuple[int, ...], ...]  # of the graph's ranks: the positions on the stage axis that are its replicas
     flow: Flow = field(repr=False)
     forward_stage: Mapping[Eqn, int] = field(repr=False)
     device: Roofline = field(repr=False)
 
     @property
     def costs(self) -> StageCosts:
-        """Seconds and bytes of each stage and edge; without links, so transfers are free."""
+        """Seconds and bytes of each stage and edge, of one replica; without links, so transfers are free."""
         sent: Counter[tuple[int, int]] = Counter()
         for b in self.graph.bundles:
             if b.travels:
-                sent[b.source[1], b.stage] += sum(v.bytes_at(self.microbatch) for v in b.values)
+                rows = max(self.graph.shares[s].count for s in (b.source[1], b.stage))
+                sent[b.source[1], b.stage] += sum(v.bytes_at(rows) for v in b.values)
         parts = [s.input_backward_seconds for s in self.summaries if s.input_backward_seconds is not None]
         return StageCosts(
             forward=tuple(s.forward_seconds for s in self.summaries),
@@ -75,21 +78,22 @@ class Plan:
         """The same stages with each backward cut into I and W, or whole."""
         if split == self.graph.is_split or not self.graph.has_backward:
             return self
-        rank_of, num_ranks = self.graph.rank_of, self.graph.num_ranks
-        graph = route_values(self.flow, self.forward_stage, rank_of, num_ranks, self.microbatch, split)
+        rank_of, replicas = self.graph.rank_of, tuple(map(len, self.groups))
+        graph = route_values(self.flow, self.forward_stage, rank_of, len(replicas), self.microbatch, split, replicas)
         assert graph.dag == self.graph.dag
         stages = range(graph.num_stages)
-        summaries = tuple(_summarise(graph, self.homes, s, self.microbatch, self.device) for s in stages)
+        summaries = tuple(_summarise(graph, self.homes, s, replicas[rank_of[s]], self.device) for s in stages)
         return replace(self, graph=graph, summaries=summaries)
 
     def __str__(self) -> str:
         count, rows_each = len(self.summaries), self.microbatch
         examples = f"{rows_each} example{'s' * (rows_each != 1)}"
-        head = f"Plan: {count} stages, micro-batches of {examples} (analytic costs per micro-batch)"
+        wide = any(s.replicas > 1 for s in self.summaries)
+        per = " on one replica" if wide else ""
+        head = f"Plan: {count} stages, micro-batches of {examples} (analytic costs per micro-batch{per})"
         for_w = ("for W",) if self.graph.is_split else ()
-        rows = [
-            ("stage", "modules", "parameters", "state", "F flop", "B flop", "time", "residuals", *for_w, "sent", "to")
-        ]
+        columns = ("parameters", "state", "F flop", "B flop", "time", "residuals", *for_w, "sent", "to")
+        rows = [("stage", "modules", *(("ranks",) if wide else ()), *columns)]
         whole = sum(s.forward_seconds + s.backward_seconds for s in self.summaries) or 1.0
         for i, s in enumerate(self.summaries):
             following = ",".join(str(b) for a, b in self.graph.edges(forward=True) if a == i) or "-"
@@ -98,8 +102,20 @@ class Plan:
             waits = (format_bytes(s.weight_residual_bytes),) if for_w else ()
             moved = (format_bytes(s.residual_bytes), *waits, format_bytes(s.sent_bytes))
             state = (f"{s.parameters:,}", format_bytes(s.state_bytes))
-            rows.append((str(i), s.modules, *state, *flops, f"{share:.1%}", *moved, following))
+            ranks = (name_ranks(self.groups[self.graph.rank_of[i]]),) if wide else ()
+            rows.append((str(i), s.modules, *ranks, *state, *flops, f"{share:.1%}", *moved, following))
         return head + "\n" + format_table(rows)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """
+    >>> name_ranks((3,)), name_ranks((4, 5, 6)), name_ranks((1, 3))
+    ('3', '4-6', '1,3')
+    """
+    first, last = ranks[0], ranks[-1]
+    if len(ranks) > 1 and tuple(ranks) == tuple(range(first, last + 1)):
+        return f"{first}-{last}"
+    return ",".join(map(str, ranks))
 
 
 Judge = Callable[[StageDag, StageCosts], float]
@@ -109,7 +125,7 @@ Judge = Callable[[StageDag, StageCosts], float]
 def plan_stages(
     program: Program,
     rank_of: Sequence[int],
-    num_ranks: int,
+    groups: Sequence[Sequence[int]],
     microbatch: int,
     device: Roofline,
     judge: Judge,
@@ -122,8 +138,8 @@ def plan_stages(
     Args:
         program: the traced step.
         rank_of: the rank of each of the S stages.
-        num_ranks: R.
-        microbatch: examples in one micro-batch on one replica.
+        groups: of each rank, the positions on the stage axis that are its replicas.
+        microbatch: examples in one micro-batch, over all replicas of a stage.
         device: what the stages run on.
         judge: the simulated step time of a stage graph; the fastest of the candidates wins.
         cuts: names of the modules at which stages 1 ... S-1 begin; None lets the planner choose.
@@ -134,13 +150,15 @@ def plan_stages(
     Raises: PlanError where the program has fewer places to cut than stages, or a named module isn't there.
     """
     flow = analyse_flow(program, updated)
-    num_stages = len(rank_of)
+    num_stages, num_ranks = len(rank_of), len(groups)
+    replicas = tuple(map(len, groups))
+    _check_shares(microbatch, replicas)
 
     def make(forward_stage: Mapping[Eqn, int]) -> Plan:
-        graph = route_values(flow, forward_stage, rank_of, num_ranks, microbatch)
+        graph = route_values(flow, forward_stage, rank_of, num_ranks, microbatch, False, replicas)
         homes = Homes(owners, {}) if owners is not None else home_state(program, graph, updated)
-        summaries = tuple(_summarise(graph, homes, s, microbatch, device) for s in range(num_stages))
-        return Plan(graph, homes, summaries, microbatch, flow, forward_stage, device)
+        summaries = tuple(_summarise(graph, homes, s, replicas[rank_of[s]], device) for s in range(num_stages))
+        return Plan(graph, homes, summaries, microbatch, tuple(map(tuple, groups)), flow, forward_stage, device)
 
     orders = [order_forward(flow, order, microbatch, device) for order in _distinct_orders(flow)]
     if owners is not None:
@@ -153,8 +171,17 @@ def plan_stages(
             )
         candidates = [make(_stages_of(orders[0], cut_at_modules(orders[0], cuts)))]
     else:
-        candidates = [make(_stages_of(order, balance_stages(order, num_stages, device))) for order in orders]
+        wide = [replicas[r] for r in rank_of]
+        candidates = [make(_stages_of(order, balance_stages(order, wide, device))) for order in orders]
     return min(candidates, key=lambda p: judge(p.graph.dag, p.costs))
+
+
+def _check_shares(microbatch: int, replicas: Sequence[int]) -> None:
+    if wrong := sorted({d for d in replicas if microbatch % d}):
+        raise PlanError(
+            f"a micro-batch of {microbatch} examples doesn't split evenly among a stage's "
+            f"{' or '.join(map(str, wrong))} replicas: use fewer micro-batches, a larger batch, or other replicas."
+        )
 
 
 def _distinct_orders(flow: Flow) -> list[list[int]]:
@@ -189,7 +216,8 @@ def _follow_owners(
     return tuple(starts)
 
 
-def _summarise(graph: StageGraph, homes: Homes, stage: int, n: int, device: Roofline) -> StageSummary:
+def _summarise(graph: StageGraph, homes: Homes, stage: int, replicas: int, device: Roofline) -> StageSummary:
+    n = graph.shares[stage].count
     forward = graph.programs["F", stage]
     backward = graph.whole.get(stage) or graph.programs.get(("B", stage))
     first_half = graph.programs.get(("I", stage))
@@ -202,6 +230,7 @@ def _summarise(graph: StageGraph, homes: Homes, stage: int, n: int, device: Roof
     read = state_read_by(graph, stage)
     return StageSummary(
         modules=name_modules(forward),
+        replicas=replicas,
         parameters=sum(math.prod(v.shape_at(1)) for v in owned if v in read),
         state_bytes=sum(v.bytes_at(1) for v in owned),
         forward_flops=sum(count_flops(e, n) for e in forward.eqns),

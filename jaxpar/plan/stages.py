@@ -60,9 +60,21 @@ class StageProgram:
     outputs: tuple[Var, ...]  # per-example outputs of the step
 
 
+@dataclass(frozen=True)
+class Share:
+    """Examples `first ... first + count - 1` of each micro-batch."""
+
+    first: int
+    count: int
+
+
 @dataclass(frozen=True, eq=False)
 class StageGraph:
-    """Stages as a DAG, closed under data flow, and the rank that each is on."""
+    """Stages as a DAG, closed under data flow, and the rank that each is on.
+
+    A stage may be replicated: then its rank stands for a group of ranks, each of which does its programs for its share
+    of every micro-batch, `shares[s].count` examples. `lower` makes a stage of each replica.
+    """
 
     program: Program
     rank_of: tuple[int, ...]
@@ -70,6 +82,7 @@ class StageGraph:
     programs: Mapping[Node, StageProgram]
     bundles: tuple[Bundle, ...]
     whole: Mapping[int, StageProgram]  # where backwards are split: I and W of a stage as one action, B
+    shares: tuple[Share, ...]  # by stage: of one replica, the first
 
     @property
     def num_stages(self) -> int:
@@ -102,6 +115,10 @@ class StageGraph:
         """The stage that accumulates each partial reduction."""
         return {v: p.node[1] for p in self.programs.values() for v in p.partials}
 
+    def share_on(self, rank: int) -> Share:
+        """The examples that a rank works on; none where it has no stage."""
+        return next((x for x, r in zip(self.shares, self.rank_of, strict=True) if r == rank), Share(0, 0))
+
     @cached_property
     def dag(self) -> StageDag:
         """What a schedule needs to know."""
@@ -117,6 +134,7 @@ def route_values(
     num_ranks: int,
     microbatch: int,
     split: bool = False,
+    replicas: Sequence[int] | None = None,
 ) -> StageGraph:
     """Close the stages under data flow.
 
@@ -125,13 +143,15 @@ def route_values(
         forward_stage: stage of each forward equation; every edge goes from a lower stage to a higher one, or stays.
         rank_of: the rank of each stage.
         num_ranks: R.
-        microbatch: examples in one micro-batch, to weigh what is stored against what is recomputed.
+        microbatch: examples in one micro-batch.
         split: cut each backward into I and W.
+        replicas: of each rank, among which the examples of a micro-batch are split evenly; one by default.
     """
     back = "I" if split else "B"
     routing = _Routing(flow, _place_all(flow, forward_stage, back), len(rank_of), microbatch, back)
     programs, whole = routing.run()
-    return StageGraph(flow.program, tuple(rank_of), num_ranks, programs, routing.bundles(), whole)
+    shares = tuple(Share(0, microbatch // (replicas[r] if replicas else 1)) for r in rank_of)
+    return StageGraph(flow.program, tuple(rank_of), num_ranks, programs, routing.bundles(), whole, shares)
 
 
 def _place_all(flow: Flow, forward_stage: Mapping[Eqn, int], back: str) -> dict[Eqn, Node]:

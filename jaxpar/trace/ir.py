@@ -178,3 +178,9 @@ rows_p = _jax.Primitive("rows")
 
 alias_p = _jax.Primitive("alias")
 """`alias(x)`: x itself, under another name."""
+
+take_examples_p = _jax.Primitive("take_examples")
+"""`take_examples(x)`: examples `first ... first + count - 1` of a batched value, along `dim` as `Batched` says."""
+
+join_examples_p = _jax.Primitive("join_examples")
+"""`join_examples(x, y, ...)`: the examples of all operands, in order; they lie along `dim` as `Batched` says."""

@@ -31,9 +31,9 @@ def lay_out(mesh, values, ranks, specs=None):
     specs = specs or [()] * len(values)
     leaves = [(f"state[{i}]", v.shape, v.dtype, spec) for i, (v, spec) in enumerate(zip(values, specs, strict=True))]
     tree = jax.tree.structure(list(values))
-    return make_layout(
-        mesh, "stage", (tree,), leaves, ranks, range(mesh.shape["stage"]), {i: (0, i) for i in range(len(values))}
-    )
+    every = range(mesh.shape["stage"])
+    order = {i: (0, i) for i in range(len(values))}
+    return make_layout(mesh, "stage", (tree,), leaves, ranks, every, [(r,) for r in every], order)
 
 
 def random_values(rng, kinds):
