@@ -55,6 +55,7 @@ class Plan:
     flow: Flow = field(repr=False)
     forward_stage: Mapping[Eqn, int] = field(repr=False)
     device: Roofline = field(repr=False)
+    recompute: frozenset[int] = frozenset()  # stages whose backward repeats their forward
 
     @property
     def costs(self) -> StageCosts:
@@ -79,7 +80,9 @@ class Plan:
         if split == self.graph.is_split or not self.graph.has_backward:
             return self
         rank_of, replicas = self.graph.rank_of, tuple(map(len, self.groups))
-        graph = route_values(self.flow, self.forward_stage, rank_of, len(replicas), self.microbatch, split, replicas)
+        graph = route_values(
+            self.flow, self.forward_stage, rank_of, len(replicas), self.microbatch, split, replicas, self.recompute
+        )
         assert graph.dag == self.graph.dag
         stages = range(graph.num_stages)
         summaries = tuple(_summarise(graph, self.homes, s, replicas[rank_of[s]], self.device) for s in stages)

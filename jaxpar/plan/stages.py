@@ -15,7 +15,7 @@ the same last reader. A residual is a bundle that stays; a boundary value or cot
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -135,6 +135,7 @@ def route_values(
     microbatch: int,
     split: bool = False,
     replicas: Sequence[int] | None = None,
+    recompute: Collection[int] = (),
 ) -> StageGraph:
     """Close the stages under data flow.
 
@@ -146,9 +147,11 @@ def route_values(
         microbatch: examples in one micro-batch.
         split: cut each backward into I and W.
         replicas: of each rank, among which the examples of a micro-batch are split evenly; one by default.
+        recompute: stages whose backward repeats as much of their forward as it takes to keep the least bytes; that of
+            other stages repeats element-wise work only.
     """
     back = "I" if split else "B"
-    routing = _Routing(flow, _place_all(flow, forward_stage, back), len(rank_of), microbatch, back)
+    routing = _Routing(flow, _place_all(flow, forward_stage, back), len(rank_of), microbatch, back, recompute)
     programs, whole = routing.run()
     shares = tuple(Share(0, microbatch // (replicas[r] if replicas else 1)) for r in rank_of)
     return StageGraph(flow.program, tuple(rank_of), num_ranks, programs, routing.bundles(), whole, shares)
@@ -180,8 +183,16 @@ class _Routing:
     """Nodes in reverse order of execution, so that each one knows what is asked of it: B[0] ... B[S-1] (or W[0], I[0],
     W[1] ...), F[S-1] ... F[0]."""
 
-    def __init__(self, flow: Flow, place: dict[Eqn, Node], num_stages: int, microbatch: int, back: str):
-        self.flow, self.program, self.microbatch = flow, flow.program, microbatch
+    def __init__(
+        self,
+        flow: Flow,
+        place: dict[Eqn, Node],
+        num_stages: int,
+        microbatch: int,
+        back: str,
+        recompute: Collection[int],
+    ):
+        self.flow, self.program, self.microbatch, self.recompute = flow, flow.program, microbatch, recompute
         self.place, self.num_stages, self.back = place, num_stages, back
         self.order = {eqn: i for i, eqn in enumerate(self.program.eqns)}
         self.aliases: dict[Var, Eqn] = {}  # of values computed again, from the forward's
@@ -328,7 +339,7 @@ class _Routing:
         return self.aliases[v]
 
     def _recompute_cheap(self, node: Node, eqns: set[Eqn], reads: set[Var], at_hand: set[Var]) -> set[Var]:
-        """Keep fewer bytes of the forward by repeating element-wise equations in the backward.
+        """Keep fewer bytes of the forward by repeating equations in the backward: element-wise ones, or any.
 
         Returns: what is kept; values that are kept anyway, `at_hand`, cost nothing.
         """
@@ -336,8 +347,10 @@ class _Routing:
 
         def producer_of(v: Var) -> Eqn | None:
             producer = self.program.producer[v]
-            here = self.place.get(producer) == ("F", stage) and producer.form == "local" and not producer.bodies
-            return producer if here and producer.name in RECOMPUTED else None
+            if self.place.get(producer) != ("F", stage):
+                return None
+            cheap = producer.form == "local" and not producer.bodies and producer.name in RECOMPUTED
+            return producer if cheap or stage in self.recompute else None
 
         def is_stored_value(v: Var) -> bool:
             return self._source(v) is not None

@@ -83,10 +83,10 @@ def gpu_devices(topology: str = "1x1x8") -> Any:
     return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=H100).devices
 
 
-def compile_gpt(devices: Any, dtype: Any = jnp.float32) -> Any:
+def compile_gpt(devices: Any, dtype: Any = jnp.float32, **options: Any) -> Any:
     """The compiled step for a mesh of these devices."""
     mesh = Mesh(np.asarray(devices).reshape(*MESH.values()), tuple(MESH))
-    step = jaxpar.parallelize(train_step, mesh=mesh, num_microbatches=NUM_MICROBATCHES)
+    step = jaxpar.parallelize(train_step, mesh=mesh, num_microbatches=NUM_MICROBATCHES, **options)
     with jax.enable_x64(False):
         state = jax.eval_shape(partial(init_state, CONFIG))
         cast = lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.dtype == jnp.float32 else x.dtype)
@@ -116,6 +116,15 @@ def test_tpu(dtype):
     compiled = compile_gpt(tpu_devices(), dtype)
     hlo = check_program(compiled)
     assert overlapped(hlo) == len(arrivals(hlo)) > 0, "a transfer that a tick has to wait for"
+    check_donated(compiled)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("devices", [tpu_devices, gpu_devices])
+def test_unequal_replicas(devices):
+    """Values between stages of 1, 2 and 1 ranks, and totals over groups of unequal size."""
+    compiled = compile_gpt(devices(), replicas=(1, 2, 1))
+    check_program(compiled)
     check_donated(compiled)
 
 
