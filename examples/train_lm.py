@@ -28,7 +28,6 @@ import optax
 from flax.training import train_state
 
 import jaxpar
-from jaxpar.show import draw_timetable
 
 VOCAB = 256  # a token is a byte
 
@@ -183,7 +182,7 @@ def run_pipelined(state: TrainState, args: argparse.Namespace) -> None:
     plan = f"{step.explain(state, first_batch)}\n"
     print(f"\n{plan}")
     (args.out / "plan.txt").write_text(plan)
-    draw_timetable(step.timetable(state, first_batch), path=args.out / "timetable.png")
+    step.timetable(state, first_batch).draw(args.out / "timetable.png")
     print(f"timetable: {args.out / 'timetable.png'}")
     expected_losses, expected_state = first_undecorated_steps(state, args)
 

@@ -1,14 +1,19 @@
 """What a simulation says: when each action starts and ends, and what each rank holds meanwhile."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from jaxpar.errors import ScheduleError
 from jaxpar.schedule.action import Action
 from jaxpar.schedule.costs import StageCosts
 from jaxpar.schedule.timetable import Timetable
 from jaxpar.text import format_bytes, format_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,47 @@ class Simulation:
     def in_flight_curve(self, rank: int) -> tuple[tuple[float, float], ...]:
         """As `memory_curve`, counting micro-batches: from the start of F to the end of B, or of W."""
         return self._count(rank, lambda _: 1, lambda action: action.kind in "BW")
+
+    # What follows is made of simulations, and so imported when it is called.
+
+    def draw(self, path: str | os.PathLike[str] | None = None, *, unit: str = "s") -> "Figure":
+        """Draw each rank's actions over time, coloured by kind and labelled with the micro-batch.
+
+        Under each rank a thin strip shows the memory of its residuals, all ranks to one scale, with the peak at the
+        right: bytes if the costs give `residual_bytes`, else micro-batches in flight.
+
+        Args:
+          path: where to write it, an SVG or PNG by its suffix; None not to.
+          unit: of its times, as the axis says it.
+
+        Returns:
+          the `matplotlib.figure.Figure`, made without pyplot.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+
+        >>> from jaxpar.schedule import StageDag, gpipe, simulate
+        >>> figure = simulate(gpipe(StageDag.chain(2), 4), StageCosts.uniform(2)).draw(unit="forwards")
+        >>> figure.axes[0].get_xlabel()
+        'time (forwards)'
+        """
+        from jaxpar.schedule.picture import draw_simulation
+
+        return draw_simulation(self, path, unit=unit)
+
+    def write_chrome_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the actions and the memory of each rank as a trace, for https://ui.perfetto.dev; times are in seconds.
+
+        Args:
+          path: the file to write; `.json`.
+
+        >>> from jaxpar.schedule import StageDag, gpipe, simulate
+        >>> run = simulate(gpipe(StageDag.chain(2), 4), StageCosts((1e-3, 1e-3), (2e-3, 2e-3)))
+        >>> run.write_chrome_trace("/dev/null")
+        """
+        from jaxpar.schedule.chrome_trace import write_chrome_trace
+
+        write_chrome_trace(self, path)
 
     def _count(
         self, rank: int, taken: Callable[[Action], float], released: Callable[[Action], float]

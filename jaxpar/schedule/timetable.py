@@ -1,9 +1,11 @@
 """A schedule's result: which rank does what in which tick."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from jaxpar.errors import ScheduleError
 from jaxpar.schedule.action import Action
@@ -12,6 +14,12 @@ from jaxpar.schedule.dag import StageDag
 from jaxpar.schedule.orders import Orders
 from jaxpar.schedule.retime import keeps_lags, place_orders
 from jaxpar.schedule.text import Grid, format_grid, parse_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from jaxpar.schedule.costs import StageCosts
+    from jaxpar.schedule.simulate import Mode
 
 _HEADER = re.compile(r"(?P<name>.*\S)  microbatches=(?P<microbatches>\d+) exchange=(?P<exchange>\d+)")
 
@@ -232,6 +240,65 @@ class Timetable:
         ,1F0,1B0,1F1,1B1,
         """
         return write_csv(self.grid, self.dag.num_ranks)
+
+    # What follows stands on the simulator, which stands on this file: so it is imported when it is called.
+
+    def draw(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        costs: "StageCosts | None" = None,
+        mode: "Mode" = "executor",
+    ) -> "Figure":
+        """Simulate, and draw each rank's actions over time with the memory under them; see `Simulation.draw`.
+
+        Args:
+          path: where to write it, an SVG or PNG by its suffix; None not to.
+          costs: what to simulate with; by default F = 1 and B = 2 for all stages, transfers free.
+          mode: how: "executor" for lockstep ticks, "free" or "blocking" for ranks that run freely.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+
+        >>> from jaxpar.schedule import one_f_one_b
+        >>> figure = one_f_one_b(StageDag.chain(4), 8).draw()
+        >>> figure.axes[0].get_title(loc="left")
+        '1f1b: 4 ranks, 8 micro-batches, makespan 34 (executor), bubble 29.4 %'
+        """
+        from jaxpar.schedule.costs import StageCosts
+        from jaxpar.schedule.picture import draw_simulation
+        from jaxpar.schedule.simulate import simulate
+
+        unit = "1 = a forward" if costs is None else "s"
+        run = simulate(self, costs or StageCosts.uniform(self.dag.num_stages), mode=mode)
+        return draw_simulation(run, path, unit=unit)
+
+    def render(self, *, width: int | None = None, colour: bool | None = None, memory: bool = False) -> str:
+        """Write it for a terminal: ticks counted across, wrapped to `width`, peaks in flight at the end.
+
+        Args:
+          width: columns of text; those of the terminal by default.
+          colour: whether to colour the kinds of action with ANSI escapes; by default if standard output is a terminal
+            and the environment variable NO_COLOR is not set (https://no-color.org).
+          memory: whether to write under each rank how many micro-batches it has in flight.
+
+        >>> from jaxpar.schedule import one_f_one_b
+        >>> print(one_f_one_b(StageDag.chain(2), 3).render(width=40))
+        1f1b: 2 ranks, 3 micro-batches, 10 ticks, exchange 2
+        <BLANKLINE>
+          tick |   0   1   2   3   4   5 ...
+        rank 0 | 0F0 0F1 0F2  .   .  0B0 ...
+        rank 1 |  .   .  1F0 1B0 1F1 1B1 ...
+        <BLANKLINE>
+          tick | ...   6   7 8   9
+        rank 0 | ...  .  0B1 . 0B2
+        rank 1 | ... 1F2 1B2 .  .
+        <BLANKLINE>
+        peak in flight: rank 0: 3, rank 1: 1
+        """
+        from jaxpar.schedule.terminal import render_timetable
+
+        return render_timetable(self, width=width, colour=colour, memory=memory)
 
     @cached_property
     def _ticks(self) -> dict[Action, int]:

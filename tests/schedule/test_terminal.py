@@ -4,13 +4,12 @@ import sys
 import pytest
 
 from jaxpar.schedule import StageDag, one_f_one_b
-from jaxpar.show import render_timetable
 
 TIMETABLE = one_f_one_b(StageDag.chain(4), 16)
 
 
 def test_text_for_a_terminal_wraps_and_loses_nothing():
-    text = render_timetable(TIMETABLE, width=80)
+    text = TIMETABLE.render(width=80)
     assert max(map(len, text.splitlines())) <= 80
     for cells in TIMETABLE.grid:
         assert all(str(action) in text for action in cells if action)
@@ -18,7 +17,7 @@ def test_text_for_a_terminal_wraps_and_loses_nothing():
 
 
 def test_colours_are_around_the_actions_and_nothing_else():
-    plain, coloured = (render_timetable(TIMETABLE, width=80, colour=colour) for colour in (False, True))
+    plain, coloured = (TIMETABLE.render(width=80, colour=colour) for colour in (False, True))
     assert "\x1b" not in plain
     painted = re.findall(r"\x1b\[(\d+)m(\d+)([FB])(\d+)\x1b\[0m", coloured)
     assert len(painted) == 2 * 4 * 16
@@ -32,11 +31,11 @@ def test_colours_are_around_the_actions_and_nothing_else():
 def test_colours_by_default_on_a_terminal_only(monkeypatch, terminal, no_colour, expected):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setenv("NO_COLOR", no_colour)
-    assert ("\x1b" in render_timetable(TIMETABLE, width=80)) == expected
+    assert ("\x1b" in TIMETABLE.render(width=80)) == expected
 
 
 def test_memory_stands_under_each_rank():
-    text = render_timetable(one_f_one_b(StageDag.chain(2), 3), width=60, memory=True)
+    text = one_f_one_b(StageDag.chain(2), 3).render(width=60, memory=True)
     assert text.splitlines()[2:7] == [
         "  tick |   0   1   2   3   4   5   6   7 8   9",
         "rank 0 | 0F0 0F1 0F2  .   .  0B0  .  0B1 . 0B2",

@@ -1,4 +1,4 @@
-"""A timetable as a picture: ranks down, time across, memory under each rank.
+"""A simulated or measured run as a picture: ranks down, time across, memory under each rank.
 
 The look is that of the papers: boxes with the micro-batch's number, a colour for each kind of work, and where a rank
 has several stages, dark boxes with white numbers for the first and light ones for the last.
@@ -9,11 +9,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from jaxpar.schedule.action import KINDS, Action
-from jaxpar.schedule.costs import StageCosts
-from jaxpar.schedule.simulate import Mode, simulate
 from jaxpar.schedule.simulation import Simulation
-from jaxpar.schedule.timetable import Timetable
-from jaxpar.show.terminal import count_ranks
+from jaxpar.schedule.terminal import count_ranks
 from jaxpar.text import format_bytes
 
 if TYPE_CHECKING:
@@ -35,51 +32,20 @@ _NARROWEST, _WIDEST = 7.0, 28.0  # inches of the time axis
 _ROW = 0.5  # inches
 
 
-def draw_timetable(
-    drawn: Timetable | Simulation,
-    costs: StageCosts | None = None,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    mode: Mode = "executor",
-) -> "Figure":
-    """Draw each rank's actions over time, coloured by kind and labelled with the micro-batch.
-
-    Under each rank a thin strip shows the memory of its residuals, all ranks to one scale, with the peak at the right:
-    bytes if the costs give `residual_bytes`, else micro-batches in flight. Where ranks have several stages, the first
-    is dark and the last light. Labels that don't fit their box are left out.
-
-    Args:
-      drawn: a valid timetable, which is simulated; or a simulation, which may hold measured times.
-      costs: what to simulate with; by default F = 1 and B = 2 for all stages, transfers free.
-      path: where to write it, an SVG or PNG by its suffix; None not to.
-      mode: how to simulate: "executor" for lockstep ticks, "free" or "blocking" for ranks that run freely.
-
-    Returns:
-      the `matplotlib.figure.Figure`, made without pyplot.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-
-    >>> from jaxpar.schedule import StageDag, one_f_one_b
-    >>> figure = draw_timetable(one_f_one_b(StageDag.chain(4), 8))
-    >>> figure.axes[0].get_title(loc="left")
-    '1f1b: 4 ranks, 8 micro-batches, makespan 34 (executor), bubble 29.4 %'
-    """
+def draw_simulation(run: Simulation, path: str | os.PathLike[str] | None = None, *, unit: str = "s") -> "Figure":
+    """What `Simulation.draw` does. Labels that don't fit their box are left out."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("draw_timetable needs matplotlib: pip install 'jaxpar[draw]'") from error
-    in_forwards = isinstance(drawn, Timetable) and costs is None
-    if isinstance(drawn, Timetable):
-        drawn = simulate(drawn, costs or StageCosts.uniform(drawn.dag.num_stages), mode=mode)
-    inches, font = _choose_scale(drawn)
-    ranks = drawn.timetable.dag.num_ranks
+        raise ImportError("drawing a timetable needs matplotlib: pip install 'jaxpar[draw]'") from error
+    inches, font = _choose_scale(run)
+    ranks = run.timetable.dag.num_ranks
     figure = Figure(figsize=(inches + 1.4, _ROW * ranks + 1.1), layout="constrained")
     axes = figure.add_subplot()
     for rank in range(ranks):
-        _draw_actions(axes, drawn, rank, inches, font)
-    _draw_memory(axes, drawn)
-    _dress(axes, drawn, in_forwards=in_forwards)
+        _draw_actions(axes, run, rank, inches, font)
+    _draw_memory(axes, run)
+    _dress(axes, run, unit)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -130,7 +96,7 @@ def _draw_memory(axes: "Axes", simulation: Simulation) -> None:
         axes.text(1.004, floor, label, transform=axes.get_yaxis_transform(), fontsize=_FONT, va="bottom")
 
 
-def _dress(axes: "Axes", simulation: Simulation, *, in_forwards: bool) -> None:
+def _dress(axes: "Axes", simulation: Simulation, unit: str) -> None:
     """Title, legend, axes."""
     from matplotlib.patches import Patch
 
@@ -151,7 +117,7 @@ def _dress(axes: "Axes", simulation: Simulation, *, in_forwards: bool) -> None:
     axes.set_yticklabels([f"rank {rank}" for rank in range(timetable.dag.num_ranks)], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel("time (1 = a forward)" if in_forwards else "time (s)", fontsize=8, loc="left")
+    axes.set_xlabel(f"time ({unit})", fontsize=8, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 

@@ -14,17 +14,8 @@ from jaxpar.schedule.simulation import Simulation
 _MICROSECONDS = 1e6
 
 
-def chrome_trace(run: Simulation, path: str | os.PathLike[str]) -> None:
-    """Write the actions and the memory of each rank as a trace.
-
-    Args:
-      run: what `simulate` gives; or `Simulation.from_times(timetable, times)` for measured times. In seconds.
-      path: the file to write; `.json`.
-
-    >>> from jaxpar.schedule import StageCosts, StageDag, gpipe, simulate
-    >>> run = simulate(gpipe(StageDag.chain(2), 4), StageCosts((1e-3, 1e-3), (2e-3, 2e-3)))
-    >>> chrome_trace(run, "/dev/null")
-    """
+def write_chrome_trace(run: Simulation, path: str | os.PathLike[str]) -> None:
+    """What `Simulation.write_chrome_trace` does."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump({"traceEvents": list(_make_events(run)), "displayTimeUnit": "ms"}, file)
 

@@ -17,29 +17,7 @@ _ACTION = re.compile(rf"\b\d+([{''.join(KINDS)}])\d+\b")
 def render_timetable(
     timetable: Timetable, *, width: int | None = None, colour: bool | None = None, memory: bool = False
 ) -> str:
-    """Write a timetable for a terminal: ticks counted across, wrapped to `width`, peaks in flight at the end.
-
-    Args:
-      timetable: any.
-      width: columns of text; those of the terminal by default.
-      colour: whether to colour the kinds of action with ANSI escapes; by default if standard output is a terminal and
-        the environment variable NO_COLOR is not set (https://no-color.org).
-      memory: whether to write under each rank how many micro-batches it has in flight.
-
-    >>> from jaxpar.schedule import StageDag, one_f_one_b
-    >>> print(render_timetable(one_f_one_b(StageDag.chain(2), 3), width=40))
-    1f1b: 2 ranks, 3 micro-batches, 10 ticks, exchange 2
-    <BLANKLINE>
-      tick |   0   1   2   3   4   5 ...
-    rank 0 | 0F0 0F1 0F2  .   .  0B0 ...
-    rank 1 |  .   .  1F0 1B0 1F1 1B1 ...
-    <BLANKLINE>
-      tick | ...   6   7 8   9
-    rank 0 | ...  .  0B1 . 0B2
-    rank 1 | ... 1F2 1B2 .  .
-    <BLANKLINE>
-    peak in flight: rank 0: 3, rank 1: 1
-    """
+    """What `Timetable.render` gives."""
     width = width or shutil.get_terminal_size().columns
     ranks, ticks = timetable.dag.num_ranks, timetable.num_ticks
     cell = 1 + max((len(str(action)) for cells in timetable.grid for action in cells if action), default=1)

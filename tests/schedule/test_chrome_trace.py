@@ -1,11 +1,10 @@
 import json
 
 from jaxpar.schedule import Action, Simulation, StageCosts, StageDag, one_f_one_b, simulate
-from jaxpar.show import chrome_trace
 
 
 def events_of(run, path, phase):
-    chrome_trace(run, path)
+    run.write_chrome_trace(path)
     return [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == phase]
 
 
