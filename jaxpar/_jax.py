@@ -178,6 +178,11 @@ def key_impl(dtype: Any) -> str:
     raise ValueError(f"unknown PRNG implementation {dtype}")
 
 
+def permutes_block(platform: str) -> bool:
+    """Whether work of a program waits for a permute that comes before it, though it doesn't need what that brings."""
+    return platform == "cpu"
+
+
 def copies_rings(platform: str) -> bool:
     """Whether the compiler copies a whole buffer that one branch of a conditional reads and another one writes.
 

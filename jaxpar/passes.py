@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxpar import _jax
 from jaxpar.arguments import Arguments, NewState, OutputTree, match_state_outputs
 from jaxpar.errors import PlanError, ScheduleError, TraceError
-from jaxpar.lower import Axes, Machine, PlacedState, StateLayout, build_machine, build_step, keep_axes, make_layout
+from jaxpar.lower import Axes, Machine, StateLayout, build_machine, jit_step, keep_axes, make_layout
 from jaxpar.plan import Plan, Roofline, plan_stages
 from jaxpar.schedule import (
     MemoryLimit,
@@ -153,7 +153,7 @@ def run_passes(
         layouts = _lay_out(arguments, plan, specs, mesh, axes)
     staged = _jax.copies_rings(platform)
     machine = build_machine(program, plan.graph, timetable, axes, groups, layouts, outputs.state_outputs, staged)
-    jitted = _jit(build_step(machine, mesh), outputs.updated, options.donate)
+    jitted = jit_step(machine, mesh, outputs.updated, options.donate)
     return Built(arguments, program, plan, timetable, search, machine, layouts, outputs, jitted)
 
 
@@ -252,15 +252,3 @@ def free_spec(x: Any, axes: Axes) -> Spec:
     while entries and entries[-1] is None:
         entries.pop()
     return tuple(entries)
-
-
-def _jit(step: Callable[..., Any], updated: Sequence[int], donate: bool) -> Any:
-    def run(
-        donated: Sequence[PlacedState], kept: Sequence[PlacedState], shared: Sequence[Any], batch: Sequence[Any]
-    ) -> Any:
-        states: dict[int, PlacedState] = dict(zip(updated, donated, strict=True)) if donated else {}
-        rest = iter(kept)
-        count = len(donated) + len(kept)
-        return step([states[k] if k in states else next(rest) for k in range(count)], shared, batch)
-
-    return jax.jit(run, donate_argnums=(0,) if donate else ())

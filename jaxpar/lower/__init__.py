@@ -7,7 +7,8 @@ from jaxpar.lower.layout import Leaf, PlacedState, StateLayout, gather_leaves, m
 from jaxpar.lower.lint import find_permutes_in_branches
 from jaxpar.lower.machine import Machine, build_machine
 from jaxpar.lower.memory import MemoryEstimate, estimate_memory
-from jaxpar.lower.step import build_step
+from jaxpar.lower.record import Recorder, make_recorder
+from jaxpar.lower.step import jit_step
 
 __all__ = [
     "Axes",
@@ -15,14 +16,16 @@ __all__ = [
     "Machine",
     "MemoryEstimate",
     "PlacedState",
+    "Recorder",
     "StateLayout",
     "build_machine",
-    "build_step",
     "estimate_memory",
     "find_permutes_in_branches",
     "gather_leaves",
     "init_leaves",
+    "jit_step",
     "keep_axes",
     "make_layout",
+    "make_recorder",
     "place_leaves",
 ]

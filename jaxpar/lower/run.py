@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpar.lower.branches import BRANCH, ROW, Carry, run_branch
+from jaxpar.lower.clock import Clock
 from jaxpar.lower.evaluate import Env, Rows, evaluate
 from jaxpar.lower.machine import Machine
 from jaxpar.lower.once import batch_inputs, batched_outputs, examples_of_output
@@ -18,7 +19,11 @@ from jaxpar.lower.totals import identity_of, reduce_over_group, reduce_over_repl
 
 
 def run_machine(
-    machine: Machine, state: Sequence[Sequence[Any]], shared: Sequence[Any], batch: Sequence[Any]
+    machine: Machine,
+    state: Sequence[Sequence[Any]],
+    shared: Sequence[Any],
+    batch: Sequence[Any],
+    clock: Clock | None = None,
 ) -> tuple[list, list, list, list]:
     """The step on one rank, inside `shard_map`.
 
@@ -26,6 +31,7 @@ def run_machine(
         state: this rank's buffers of each state argument.
         shared: values of the inputs that every rank has.
         batch: this replica's rows of each batch leaf.
+        clock: notes when each tick starts and ends.
 
     Returns: new buffers of each updated state argument, results that every rank has, buffers of located results,
     per-example results `[M, ...]`.
@@ -42,7 +48,7 @@ def run_machine(
     stored.update((f"state{k}", buffers) for k, buffers in enumerate(state))
     (prelude,), _ = run_rounds(machine.prelude, stored, once, rank, axes.stage)
     stored["prelude"] = prelude
-    carry = _run_ticks(machine, stored, batch, first)
+    carry = _run_ticks(machine, stored, batch, first, clock)
     stored["totals"] = [
         reduce_over_group(reduce_over_replicas(x, item.tag, axes), item.tag, machine.doubling, axes.stage)
         for x, item in zip(carry["totals"], machine.totals.buffers, strict=True)
@@ -63,7 +69,9 @@ def _run_early_totals(machine: Machine, everyone: Sequence[Any], batch: Sequence
     return [env[eqn.outputs[0]] for eqn in machine.early if eqn.name == "complete"]
 
 
-def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Sequence[Any], first: Any) -> Carry:
+def _run_ticks(
+    machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Sequence[Any], first: Any, clock: Clock | None
+) -> Carry:
     axes, mail, staging = machine.axes, machine.mail, machine.staging
     rank = lax.axis_index(axes.stage)
     # unsigned, so that indexing with them need not look out for negative ones
@@ -88,12 +96,16 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
             )
         return lax.switch(lax.convert_element_type(row[BRANCH], jnp.int32), branches, carry)
 
-    def tick(carry: Carry, xs: tuple[Any, Any]) -> tuple[Carry, None]:
-        row, slots = xs
-        early = exchange(carry["sent"]) if machine.timetable.exchange == 2 else None
+    def work(row: Any, carry: Carry) -> Carry:
         carry = act(row, carry)
         if staging is not None:
             carry["rings"] = staging.store(row, carry["rings"], carry.pop("staging"))
+        return carry
+
+    def tick(carry: Carry, xs: tuple[Any, Any, Any]) -> tuple[Carry, None]:
+        number, row, slots = xs
+        early = exchange(carry["sent"]) if machine.timetable.exchange == 2 else None
+        carry = work(row, carry) if clock is None else clock.time(work, number, row, carry, early)
         received = early if early is not None else exchange(carry["sent"])
         # The work reads the mail: deliver new mail after it, or XLA copies the mailboxes and waits for the transfer
         # first.
@@ -104,7 +116,7 @@ def _run_ticks(machine: Machine, stored: Mapping[str, Sequence[Any]], batch: Seq
         ]
         return carry, None
 
-    carry, _ = lax.scan(tick, _initial_carry(machine), (registers, arrivals))
+    carry, _ = lax.scan(tick, _initial_carry(machine), (jnp.arange(len(machine.registers)), registers, arrivals))
     return carry
 
 

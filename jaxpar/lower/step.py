@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxpar import _jax
+from jaxpar.lower.clock import Clock
 from jaxpar.lower.layout import PlacedState, StateLayout
 from jaxpar.lower.machine import Machine
 from jaxpar.lower.once import examples_of_output
@@ -20,8 +21,23 @@ from jaxpar.trace import Batched, Var
 P = PartitionSpec
 
 
-def build_step(machine: Machine, mesh: Mesh) -> Callable[..., Any]:
-    """`step(states, shared, batch) -> (new states, outputs)`, to be jitted.
+def jit_step(machine: Machine, mesh: Mesh, updated: Sequence[int], donate: bool, clock: Clock | None = None) -> Any:
+    """`run(donated states, other states, shared leaves, batch leaves)`, jitted; with `donate`, the first are."""
+    step = build_step(machine, mesh, clock)
+
+    def run(
+        donated: Sequence[PlacedState], kept: Sequence[PlacedState], shared: Sequence[Any], batch: Sequence[Any]
+    ) -> Any:
+        states: dict[int, PlacedState] = dict(zip(updated, donated, strict=True)) if donated else {}
+        rest = iter(kept)
+        count = len(donated) + len(kept)
+        return step([states[k] if k in states else next(rest) for k in range(count)], shared, batch)
+
+    return jax.jit(run, donate_argnums=(0,) if donate else ())
+
+
+def build_step(machine: Machine, mesh: Mesh, clock: Clock | None = None) -> Callable[..., Any]:
+    """`step(states, shared, batch) -> (new states, outputs)`, to be jitted; with a clock, one that is timed by it.
 
     Args of the step:
         states: a `PlacedState` for each state argument.
@@ -36,7 +52,7 @@ def build_step(machine: Machine, mesh: Mesh) -> Callable[..., Any]:
 
     def local(buffers: Sequence[Sequence[Any]], shared: Sequence[Any], batch: Sequence[Any]) -> Any:
         mine = [_own_buffers(layout, row) for layout, row in zip(machine.layouts, buffers, strict=True)]
-        states, everywhere, located, batched = run_machine(machine, mine, shared, batch)
+        states, everywhere, located, batched = run_machine(machine, mine, shared, batch, clock)
         rows = [_join_microbatches(x, program.type_of(v)) for x, v in zip(batched, distinct, strict=True)]
         return (
             [[b[None] for b in row] for row in states],

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import median
 from typing import TYPE_CHECKING
 
 from jaxpar.errors import ScheduleError
-from jaxpar.schedule.action import Action
+from jaxpar.schedule.action import KINDS, Action
 from jaxpar.schedule.costs import StageCosts
 from jaxpar.schedule.timetable import Timetable
 from jaxpar.text import format_bytes, format_table
@@ -58,6 +59,32 @@ class Simulation:
         start = {action: times[action][0] - zero for order in orders for action in order}
         end = {action: times[action][1] - zero for action in start}
         return cls(timetable, "measured", start, end, costs)
+
+    def median_costs(self) -> StageCosts:
+        """What the actions took, as costs: of each stage, the median over its micro-batches; bytes and links as given.
+
+        With those of a measured run, `simulate(run.timetable, run.median_costs())` says what the timetable costs when
+        nothing but its own waiting comes between its actions.
+
+        >>> from jaxpar.schedule import StageDag, one_f_one_b, simulate
+        >>> costs = StageCosts((1.0, 2.0), (2.0, 5.0), input_backward=(1.0, 2.5))
+        >>> simulate(one_f_one_b(StageDag.chain(2), 4), costs).median_costs() == costs
+        True
+        """
+        stages = range(self.timetable.dag.num_stages)
+        took: dict[tuple[str, int], dict[int, float]] = {(kind, s): {} for kind in KINDS for s in stages}
+        for action, begin in self.start.items():
+            took[action.kind, action.stage][action.microbatch] = self.end[action] - begin
+        forward = tuple(median(took["F", s].values()) for s in stages)
+        if not self.timetable.dag.has_backward:
+            return replace(self.costs or StageCosts(forward), forward=forward)
+        backward, inputs = [], []
+        for s in stages:
+            halves = took["I", s]
+            backward.append(median([*took["B", s].values(), *(halves[m] + took["W", s][m] for m in halves)]))
+            inputs.append(min(median(halves.values()), backward[s]) if halves else backward[s] / 2)
+        given = self.costs or StageCosts(forward)
+        return replace(given, forward=forward, backward=tuple(backward), input_backward=tuple(inputs))
 
     @cached_property
     def makespan(self) -> float:

@@ -2,6 +2,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -236,3 +237,25 @@ def test_quick_enough_to_search_with():
         simulate(timetable, costs)
         times.append(time.perf_counter() - begin)
     assert min(times) < 0.1
+
+
+@given(simulated(), st.sampled_from(["executor", "free"]))
+def test_costs_of_a_simulation_are_those_that_it_was_made_with(case, mode):
+    timetable, costs = case
+    found = simulate(timetable, costs, mode=mode).median_costs()
+    assert found.forward == pytest.approx(costs.forward)
+    assert found.sent_bytes == costs.sent_bytes
+    if timetable.dag.has_backward:
+        assert found.backward == pytest.approx(costs.backward)
+    if timetable.is_split:
+        assert found.input_backward == pytest.approx([b / 2 for b in costs.backward])
+
+
+def test_median_costs_of_measured_times():
+    """F takes 1, 2, 9; micro-batch 1 has its backward in two halves of 3 and 4, the others a whole of 5 and 8."""
+    actions = "0F0 0B0 0F1 0I1 0W1 0F2 0B2".split()
+    timetable = Timetable.from_orders("mixed", StageDag.chain(1), 3, [[Action.from_text(a) for a in actions]])
+    ends = np.cumsum([1, 5, 2, 3, 4, 9, 8]).tolist()
+    times = {a: (begin, end) for a, begin, end in zip(timetable.order(0), [0, *ends], ends, strict=False)}
+    found = Simulation.from_times(timetable, times).median_costs()
+    assert (found.forward, found.backward, found.input_backward) == ((2,), (7,), (3,))
