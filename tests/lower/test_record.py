@@ -25,17 +25,18 @@ def make_step(case, shape, num_microbatches=8, **options):
 
 @pytest.mark.parametrize("exchange", [1, 2])
 @pytest.mark.parametrize(
-    ("schedule", "shape"),
+    ("schedule", "shape", "replicas"),
     [
-        ("1f1b", {"stage": 4, "data": 2}),
-        ("zb_h1", {"stage": 4}),
-        ("interleaved_1f1b", {"stage": 2, "model": 2}),
-        ("gpipe", {"stage": 1}),
+        ("1f1b", {"stage": 4, "data": 2}, None),
+        ("zb_h1", {"stage": 4}, None),
+        ("interleaved_1f1b", {"stage": 2, "model": 2}, None),
+        ("gpipe", {"stage": 1}, None),
+        ("1f1b", {"stage": 4}, (1, 2, 1)),
     ],
 )
-def test_times_are_in_order_and_after_what_the_actions_need(schedule, shape, exchange):
+def test_times_are_in_order_and_after_what_the_actions_need(schedule, shape, replicas, exchange):
     case = small_case("mlp", depth=9)
-    step = make_step(case, shape, schedule=schedule, schedule_options={"exchange": exchange})
+    step = make_step(case, shape, schedule=schedule, schedule_options={"exchange": exchange}, replicas=replicas)
     recorded = step.record(case.state, case.batch)
     timetable = step.timetable()
     assert (recorded.mode, recorded.timetable) == ("measured", timetable)
