@@ -21,11 +21,15 @@ from jaxpar.trace.fingerprint import fingerprint_eqns
 
 @dataclass(frozen=True, eq=False)
 class BlockProgram:
-    """`inputs -> outputs` by `eqns`, for any number of examples; equal digests compute the same."""
+    """`inputs -> outputs` by `eqns`, for any number of examples; equal digests compute the same.
+
+    `partials`, some of the outputs, are added to accumulators.
+    """
 
     inputs: tuple[Var, ...]
     eqns: tuple[Eqn, ...]
     outputs: tuple[Var, ...]
+    partials: tuple[Var, ...]
     digest: str
 
 
@@ -56,7 +60,9 @@ def collect_programs(stages: StageGraph) -> dict[Node, BlockProgram]:
         made = {v for eqn in program.eqns for v in eqn.outputs}
         outputs = tuple(dict.fromkeys(v for v in (*asked, *program.partials, *program.outputs) if v in made))
         inputs = tuple(dict.fromkeys((*program.reads, *program.invariants, *program.batch)))
-        found[kind, s] = BlockProgram(inputs, program.eqns, outputs, _digest(inputs, program.eqns, outputs))
+        partials = tuple(v for v in program.partials if v in made)
+        digest = _digest(inputs, program.eqns, (*outputs, *partials))
+        found[kind, s] = BlockProgram(inputs, program.eqns, outputs, partials, digest)
     return found
 
 

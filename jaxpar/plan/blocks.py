@@ -9,8 +9,8 @@ A block is a convex set of forward equations, so that the graph of blocks has no
 
 Light enough is at most `grain` of the whole step's time; it grows until there are few enough blocks. Branches are kept
 apart: of u -> v, v joins u only if all that v reads besides comes from before u (then v is on no other branch), or u
-joins v only if all that reads u besides comes after v. Either also keeps the graph without cycles. Equal modules are cut
-alike, since nothing but structure and costs is looked at.
+joins v only if all that reads u besides comes after v. Either also keeps the graph without cycles. Equal modules are
+cut alike, since nothing but structure and costs is looked at.
 """
 
 from __future__ import annotations
@@ -140,12 +140,12 @@ class _Coarsening:
         modules: dict[Path, list[int]] = defaultdict(list)
         loose: list[int] = []
         for i, eqn in enumerate(self.graph.eqns):
-            fits = (d for d in range(1, len(eqn.path) + 1) if cost[eqn.path[:d]] <= self.limit)
-            depth = next(fits, None)
-            if depth is None:
+            fits = (eqn.path[:d] for d in range(1, len(eqn.path) + 1) if cost[eqn.path[:d]] <= self.limit)
+            module = next(fits, None)
+            if module is None:
                 loose.append(i)
             else:
-                modules[eqn.path[:depth]].append(i)
+                modules[module].append(i)
         yield from modules.values()
         yield from self._runs(loose)
 
@@ -243,6 +243,8 @@ class _Coarsening:
     def _adopt(self, units: set[_Unit]) -> None:
         """Element-wise work for the backward alone joins the unit, in its module, that reads what it reads."""
         for v in sorted((u for u in units if not u.succs and not u.heavy), key=lambda u: u.key):
+            if v not in units:  # it has adopted another
+                continue
             near = {s for p in v.preds for s in p.succs if s is not v and all(p.mask & s.above for p in v.preds)}
             near = {s for s in near if self._stays_home(v, _common_length(v.path, s.path))}
             if near:
@@ -257,6 +259,8 @@ class _Coarsening:
         prepares = all(s is v or s.mask & v.below for s in u.succs)  # u is for no other branch
         together = u.seconds + v.seconds
         both = u.heavy and v.heavy
+        if not u.heavy and not v.heavy and together > self.limit:
+            return None
         if both:
             series = follows and prepares and self._is_whole(u, scope) and self._is_whole(v, scope)
             allowed = series and together <= self.limit
@@ -329,9 +333,10 @@ def _name_blocks(eqns: Sequence[Eqn], blocks: Sequence[Sequence[int]], seconds: 
 
 
 def _that_matter(eqns: Sequence[Eqn], members: Sequence[int], seconds: Sequence[float]) -> Sequence[int]:
-    """The products and the like that take at least a twentieth of the block's time; all equations if there are none."""
+    """The products and the like that take at least a twentieth of the block's time; without any, all in a module."""
     least = 0.05 * math.fsum(seconds[i] for i in members)
-    return [i for i in members if eqns[i].name in HEAVY and seconds[i] >= least] or members
+    heavy = [i for i in members if eqns[i].name in HEAVY and seconds[i] >= least]
+    return heavy or [i for i in members if eqns[i].path] or members
 
 
 def _describe(eqns: Sequence[Eqn], mine: Sequence[int], inside: Counter[Path], seconds: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -86,7 +86,7 @@ def build_program_graph(
         max_blocks: how many operators there may be, see `form_blocks`.
     """
     flow = analyse_flow(program, updated)
-    blocks = form_blocks(flow, _balance(flow), max_blocks)
+    blocks = form_blocks(flow, estimate_balance(flow), max_blocks)
     block_of = {eqn: i for i, block in enumerate(blocks) for eqn in block.eqns}
     count = len(blocks)
     stages = route_values(flow, block_of, range(count), count, _EXAMPLES, split=bool(flow.backward))
@@ -94,7 +94,8 @@ def build_program_graph(
     different = {p.digest: p for p in programs.values()}
     curves = costs.time(different, sizes or _powers_of_two(program.num_examples))
     state = _own_state(program, stages, updated)
-    residuals, outputs, edges = _moved_bytes(stages)
+    residuals = _residual_bytes(flow, stages, block_of)
+    outputs, edges = _moved_bytes(stages)
     gradients = _gradient_bytes(stages)
     ops = []
     for i, block in enumerate(blocks):
@@ -167,22 +168,18 @@ def replace_times(graph: OpGraph, times: Mapping[str, Sequence[TimeCurve | float
             continue
         curves = [t if isinstance(t, TimeCurve) else TimeCurve.per_example(t) for t in given]
         for op in inside:
-            ops[op.name] = _with_times(op, [curve.scaled(1 / len(inside)) for curve in curves])
+            f, i, w = (curve.scaled(1 / len(inside)) for curve in curves)
+            ops[op.name] = replace(op, forward=f, input_backward=i, weight_backward=w)
     if unknown:
         known = ", ".join(op.name for op in graph.ops[:20])
         raise PlanError("times can't be used:\n" + "\n".join(unknown) + f"\nThe operators are: {known} ...")
     return OpGraph(tuple(ops[op.name] for op in graph.ops), graph.edges, device or graph.device)
 
 
-def _with_times(op: Op, curves: Sequence[TimeCurve]) -> Op:
-    sizes = (op.parameter_bytes, op.state_bytes, op.gradient_bytes, op.residual_bytes, op.output_bytes)
-    return Op(op.name, *curves, *sizes, kind=op.kind)
-
-
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
-def _balance(flow: Flow) -> list[float]:
+def estimate_balance(flow: Flow) -> list[float]:
     """Rough seconds of each forward equation and of the backward equations that belong to it."""
     seconds = [estimate_seconds(eqn, _EXAMPLES, _BALANCE) for eqn in flow.forward]
     for eqn, anchor in flow.anchor.items():
@@ -222,14 +219,35 @@ def _gradient_bytes(stages: StageGraph) -> list[float]:
     found = [0.0] * stages.num_stages
     for v, s in stages.partial_home.items():
         kind = stages.program.types[v]
-        half = isinstance(kind, Partial) and kind.op == "sum" and _jax.dtype_bytes(v.dtype) == 2
+        floats = isinstance(kind, Partial) and kind.op == "sum" and v.dtype.kind not in "iub"
+        half = floats and _jax.dtype_bytes(v.dtype) == 2
         found[s] += v.bytes_at(1) * (2 if half else 1)
     return found
 
 
-def _moved_bytes(stages: StageGraph) -> tuple[list[float], list[float], dict[tuple[int, int], float]]:
-    """Per example: residuals and values of each block, and what each edge carries."""
-    residuals, outputs = [0.0] * stages.num_stages, [0.0] * stages.num_stages
+def _residual_bytes(flow: Flow, stages: StageGraph, block_of: Mapping[Eqn, int]) -> list[float]:
+    """Per example, what each block keeps: of the values that the uncut program keeps, those that its backward reads.
+
+    A block on its own keeps more: what it receives from the block before, where that could have been recomputed.
+    Counted for every block, that would be up to twice what a stage of several blocks keeps.
+    """
+    whole = route_values(flow, dict.fromkeys(block_of, 0), (0,), 1, _EXAMPLES)
+    kept = {v for bundle in whole.bundles if bundle.source[0] == "F" for v in bundle.values}
+    held: dict[Var, set[int]] = defaultdict(set)
+    for bundle in stages.bundles:
+        if bundle.source[0] == "F" and bundle.last_reader[0] != "F":
+            for v in bundle.values:
+                held[v].add(bundle.stage)
+    found = [0.0] * stages.num_stages
+    for v in kept:
+        for s in held.get(v) or {block_of[flow.program.producer[v]]}:
+            found[s] += _bytes_per_example(v)
+    return found
+
+
+def _moved_bytes(stages: StageGraph) -> tuple[list[float], dict[tuple[int, int], float]]:
+    """Per example: the values that each block gives to others, and what each edge carries."""
+    outputs = [0.0] * stages.num_stages
     edges: Counter[tuple[int, int]] = Counter()
     sent: dict[int, set[Var]] = defaultdict(set)
     for bundle in stages.bundles:
@@ -237,14 +255,12 @@ def _moved_bytes(stages: StageGraph) -> tuple[list[float], list[float], dict[tup
         if kind != "F":
             continue
         size = math.fsum(map(_bytes_per_example, bundle.values))
-        if bundle.last_reader[0] != "F":
-            residuals[bundle.stage] += size
         if bundle.travels:
             edges[source, bundle.stage] += size  # type: ignore[assignment]
             sent[source].update(bundle.values)
     for s, values in sent.items():
         outputs[s] = math.fsum(map(_bytes_per_example, values))
-    return residuals, outputs, dict(edges)
+    return outputs, dict(edges)
 
 
 def _bytes_per_example(v: Var) -> float:
