@@ -109,7 +109,7 @@ def test_a_plan_for_another_step_is_refused():
     graph = small_graph("gpt").graph
     actual = graph_of(CASES["gpt"](num_layers=2, dim=24, heads=2, vocab=32, length=8))
     with pytest.raises(PlanError) as error:
-        actual.assign_stages(graph, [0] * (graph.num_ops - 1) + [5])
+        actual.assign_stages(graph, [0] * (graph.num_ops - 2) + [5, 5])
     message = str(error.value)
     assert "stage 0: 'GPT/block_0/up' computes something else" in message
     assert "stage 5: " in message
@@ -148,7 +148,7 @@ class TestAnalytic:
         programs = {p.digest: p for p in small_graph("gpt").programs.values()}
         for curve in AnalyticCosts(DEVICES[device]).time(programs, [2**k for k in range(7)]).values():
             times = [seconds for _, seconds in curve.points]
-            assert all(0 < a <= b for a, b in pairwise(times))
+            assert all(0 <= a <= b for a, b in pairwise(times))
             assert times[-1] <= 64 * times[0] * (1 + 1e-9)
 
     def test_a_large_product_reaches_the_share_of_the_peak_that_the_engine_has(self):
