@@ -76,6 +76,9 @@ def count_bytes(eqn: Eqn, n: int) -> float:
     if eqn.name == "scan":
         (body,) = eqn.bodies["jaxpr"]
         return at_size(eqn.params["length"], n) * sum(count_bytes(e, n) for e in body.eqns)
+    if eqn.name == "gather":  # reads the rows that it picks, not the table
+        indices = [v for v in eqn.inputs[1:] if isinstance(v, Var)]
+        return float(sum(v.bytes_at(n) for v in (*indices, *eqn.outputs, *eqn.outputs)))
     total = float(sum(v.bytes_at(n) for v in (*eqn.reads, *eqn.outputs)))
     return total if eqn.name in HEAVY else total * _FUSED_TRAFFIC
 

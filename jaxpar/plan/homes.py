@@ -56,12 +56,12 @@ def home_state(program: Program, graph: StageGraph, updated: Mapping[int, int]) 
 
 def state_read_by(graph: StageGraph, stage: int) -> set[Var]:
     """The state inputs that a stage's programs read, through what is computed from them beforehand."""
-    roots = _state_roots(graph.program)
+    roots = find_state_roots(graph.program)
     nodes = [p for (_, s), p in graph.programs.items() if s == stage]
     return {root for node in nodes for v in node.invariants for root in roots.get(v, ())}
 
 
-def _state_roots(program: Program) -> dict[Var, tuple[Var, ...]]:
+def find_state_roots(program: Program) -> dict[Var, tuple[Var, ...]]:
     """The state inputs behind each value that is known before the pipeline starts."""
     roots: dict[Var, tuple[Var, ...]] = {
         v: (v,) for v, role in zip(program.inputs, program.roles, strict=True) if role == "state"
@@ -76,7 +76,7 @@ def _state_roots(program: Program) -> dict[Var, tuple[Var, ...]]:
 
 def _first_use(program: Program, graph: StageGraph) -> dict[Var, tuple[int, int]]:
     """(stage, position) of the first stage that reads each state input."""
-    roots = _state_roots(program)
+    roots = find_state_roots(program)
     found: dict[Var, tuple[int, int]] = {}
     for (_, stage), node in sorted(graph.programs.items(), key=lambda item: (item[0][0] != "F", item[0][1])):
         for v in node.invariants:

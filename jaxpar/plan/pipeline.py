@@ -76,6 +76,7 @@ class PipelinePlan:
       search_seconds: how long that took.
       chain: the stages form a chain in the order given, whatever they read: each waits for the one before it forwards
         and for the one after it backwards, as planners for chains have it. What is sent is the same.
+      notes: why its planner chose it, a sentence each; not compared.
 
     Raises:
       PlanError: an operator is in no stage or in several, a stage is empty, or an index or number is out of range.
@@ -100,6 +101,7 @@ class PipelinePlan:
     planner: str = ""
     search_seconds: float = 0.0
     chain: bool = False
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))

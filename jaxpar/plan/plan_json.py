@@ -75,6 +75,7 @@ def plan_to_dict(plan: PipelinePlan) -> dict[str, Any]:
         "planner": plan.planner,
         "search_seconds": plan.search_seconds,
         "chain": plan.chain,
+        "notes": list(plan.notes),
         "microbatch": plan.microbatch,
         "num_microbatches": plan.num_microbatches,
         "schedule": plan.schedule,
@@ -103,6 +104,7 @@ def plan_from_dict(value: Mapping[str, Any]) -> PipelinePlan:
             value["planner"],
             value["search_seconds"],
             value.get("chain", False),
+            tuple(value.get("notes", ())),
         ),
     )
 

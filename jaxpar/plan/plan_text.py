@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def format_plan(plan: PipelinePlan) -> str:
     """See `PipelinePlan.__str__`."""
-    return "\n".join([_format_head(plan), format_table(_list_rows(plan)), _format_prediction(plan)])
+    return "\n".join([_format_head(plan), format_table(_list_rows(plan)), _format_prediction(plan), *plan.notes])
 
 
 def _format_head(plan: PipelinePlan) -> str:

@@ -60,9 +60,13 @@ def read_timetable(directory: Path, key: str, problem: SearchProblem) -> Timetab
 
 
 def write_timetable(directory: Path, key: str, timetable: Timetable) -> None:
-    """Keep a timetable; a reader sees all of it or nothing."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{key}.timetable"
+    """Keep a timetable."""
+    write_whole(directory / f"{key}.timetable", f"{timetable}\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(f"{timetable}\n")
+    partial.write_text(text)
     partial.replace(path)

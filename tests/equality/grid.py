@@ -16,10 +16,11 @@ _SMALL: dict[str, dict[str, int]] = {
     "gpt_remat": _GPT,
     "gpt_no_dropout": _GPT,
     "towers": {"num_layers": 1},
+    "mmt": {"num_layers": 1},
 }
 
 # Compiled in seconds, not in fractions of a second.
-LARGE = ("gpt", "gpt_remat", "gpt_no_dropout", "towers", "unet", "resnet")
+LARGE = ("gpt", "gpt_remat", "gpt_no_dropout", "towers", "mmt", "unet", "resnet")
 
 SCHEDULES: dict[str, tuple[str, dict[str, int]]] = {
     "gpipe": ("gpipe", {}),

@@ -26,6 +26,7 @@ _OF_LARGE = {
     "gpt_remat": [Setting(4, 2, 4, "1f1b"), Setting(2, 1, 16, "gpipe"), Setting(8, 1, 8, "1f1b exchange=1")],
     "gpt_no_dropout": [Setting(2, 2, 16, "1f1b exchange=1"), Setting(8, 1, 4, "gpipe exchange=1")],
     "towers": [Setting(4, 2, 16, "1f1b"), Setting(8, 1, 8, "gpipe"), Setting(2, 1, 2, "1f1b extra=0")],
+    "mmt": [Setting(8, 1, 8, "1f1b"), Setting(4, 2, 4, "gpipe")],
     "unet": [Setting(4, 2, 2, "1f1b"), Setting(8, 1, 16, "1f1b extra=0"), Setting(2, 1, 4, "gpipe")],
     "resnet": [Setting(4, 2, 16, "1f1b exchange=1"), Setting(8, 1, 4, "1f1b"), Setting(1, 2, 2, "gpipe")],
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import bad, gpt, mlp, operations, resnet, states, towers, unet
+from . import bad, branches, gpt, mlp, operations, resnet, states, towers, unet
 from .case import Case
 
 _GOOD: list[Callable[..., Case]] = [
@@ -21,6 +21,9 @@ _GOOD: list[Callable[..., Case]] = [
     gpt.gpt_remat,
     gpt.gpt_no_dropout,
     towers.towers,
+    branches.mmt,
+    branches.dlrm,
+    branches.candle_uno,
     unet.unet,
     resnet.resnet,
     operations.indexed_loss,

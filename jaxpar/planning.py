@@ -1,0 +1,96 @@
+"""From a step and the shapes of its arguments to what planners work on, with no mesh and no device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpar.arguments import Arguments, NewState, Signature, match_state_outputs, read_arguments
+from jaxpar.plan.analytic import AnalyticCosts
+from jaxpar.plan.block_program import CostModel
+from jaxpar.plan.cluster import DeviceSpec
+from jaxpar.plan.devices import find_preset
+from jaxpar.plan.program_graph import ProgramGraph, build_program_graph
+from jaxpar.trace import Program, make_program, trace_size
+
+
+@dataclass(frozen=True, eq=False)
+class TracedStep:
+    """A step as a program; `updated[i]` is the output that is the new value of state input i."""
+
+    arguments: Arguments
+    program: Program
+    updated: Mapping[int, int]
+
+
+def trace_step(signature: Signature, args: Sequence[Any], new_state: NewState = "auto") -> TracedStep:
+    """Trace a step with arrays or `jax.ShapeDtypeStruct`s for arguments.
+
+    Raises: TraceError where it isn't a step that a pipeline can run; see `jaxpar.parallelize`.
+    """
+    with _collector_paused():
+        arguments = read_arguments(signature, args)
+        sizes = (arguments.num_examples, trace_size(arguments.num_examples, 2))
+        (whole, shapes), (small, _) = map(arguments.trace, sizes)
+        program = make_program(whole, small, sizes, arguments.names, arguments.roles)
+        outputs = match_state_outputs(arguments, shapes, program.carries_over, new_state)
+    state = arguments.leaves_of("state")
+    return TracedStep(arguments, program, {state[leaf]: out for out, leaf in outputs.state_outputs.items()})
+
+
+def graph_step(
+    fun: Callable[..., Any],
+    *args: Any,
+    costs: CostModel | DeviceSpec | str = "h100",
+    sizes: Sequence[int] | None = None,
+    max_blocks: int = 256,
+    state_argnums: Sequence[int] = (0,),
+    batch_argnums: Sequence[int] = (1,),
+    static_argnums: Sequence[int] = (),
+    new_state: NewState = "auto",
+) -> ProgramGraph:
+    """The operators of a training step, with costs: what `jaxpar.plan.planners.plan` takes, as `.graph`.
+
+    Args:
+        fun: the step, undecorated or made by `jaxpar.parallelize`, whose other arguments then count.
+        args: its arguments: arrays or `jax.ShapeDtypeStruct`s, the batch with all of its examples.
+        costs: a cost model; or a `DeviceSpec`, or the name of one (see `jaxpar.plan.DEVICES`), for analytic costs.
+        sizes: numbers of examples that times are asked for; powers of two up to the batch size by default.
+        max_blocks: how many operators there may be.
+        state_argnums, batch_argnums, static_argnums, new_state: as for `jaxpar.parallelize`.
+
+    Raises: TraceError where the step can't be pipelined; PlanError where no device is called `costs`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def step(params, x):
+    ...     loss_fn = lambda p: jnp.mean(jnp.tanh(x @ p["a"]) @ p["b"])
+    ...     loss, grads = jax.value_and_grad(loss_fn)(params)
+    ...     return jax.tree.map(lambda p, g: p - g, params, grads), loss
+    >>> shapes = {name: jax.ShapeDtypeStruct((8, 8), jnp.float32) for name in "ab"}
+    >>> graph_step(step, shapes, jax.ShapeDtypeStruct((32, 8), jnp.float32), costs="v100").graph.num_ops
+    2
+    """
+    signature = getattr(fun, "_signature", None) or Signature(
+        fun, tuple(sorted(state_argnums)), tuple(batch_argnums), tuple(static_argnums)
+    )
+    traced = trace_step(signature, args, new_state)
+    if isinstance(costs, str):
+        costs = find_preset(costs).device
+    model = AnalyticCosts(costs) if isinstance(costs, DeviceSpec) else costs
+    with _collector_paused():
+        return build_program_graph(traced.program, traced.updated, model, sizes, max_blocks)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection inside: all of the many objects that tracing makes live on."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
