@@ -45,9 +45,7 @@ def move_ops(plan: PipelinePlan, homes: dict[int, int]) -> PipelinePlan:
     """The plan with each operator of `homes` in the stage that it gives; see `PipelinePlan.move`."""
     strange = sorted({s for s in homes.values() if not 0 <= s < len(plan.stages)})
     if strange:
-        raise PlanError(
-            f"the plan has no stage {', '.join(map(str, strange))}: stages are 0 ... {len(plan.stages) - 1}"
-        )
+        raise PlanError(f"there is no stage {', '.join(map(str, strange))}: stages are 0 ... {len(plan.stages) - 1}")
     members: list[list[int]] = [[] for _ in plan.stages]
     for op, stage in enumerate(plan.stage_of):
         members[homes.get(op, stage)].append(op)
@@ -94,7 +92,7 @@ def split_stage(plan: PipelinePlan, stage: int, ops: Sequence[int], devices: Seq
 def _check_stage(plan: PipelinePlan, *stages: int) -> None:
     for s in stages:
         if not 0 <= s < len(plan.stages):
-            raise PlanError(f"the plan has no stage {s}: stages are 0 ... {len(plan.stages) - 1}")
+            raise PlanError(f"there is no stage {s}: stages are 0 ... {len(plan.stages) - 1}")
 
 
 def _edit(plan: PipelinePlan, stages: Sequence[PlannedStage], when: str) -> PipelinePlan:

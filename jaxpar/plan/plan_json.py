@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any, TypeVar
 
-from jaxpar.errors import PlanError
+from jaxpar.errors import PlanError, ScheduleError
 from jaxpar.plan.cluster import ClusterSpec, DeviceSpec, Level, LinkMatrix
 from jaxpar.plan.graph_json import graph_from_dict, graph_to_dict
 from jaxpar.plan.pipeline import PipelinePlan, PlannedStage
@@ -126,5 +126,7 @@ def _read(what: str, make: Callable[[], T]) -> T:
         return make()
     except KeyError as error:
         raise PlanError(f"not a saved plan: its {what} lacks {error}") from error
+    except ScheduleError as error:
+        raise PlanError(f"not a saved plan: its {what} has {error}") from error
     except (TypeError, AttributeError) as error:
         raise PlanError(f"not a saved plan: its {what} has a value of the wrong kind: {error}") from error

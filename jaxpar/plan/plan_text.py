@@ -38,7 +38,7 @@ def _list_rows(plan: PipelinePlan) -> list[tuple[str, ...]]:
     shared = len(plan.rank_devices) < len(plan.stages)
     recomputes = any(stage.recompute for stage in plan.stages)
     head = ["stage", "operators", "devices", *["rank"] * shared, "replicas", "share", "F ms", "B ms"]
-    rows = [(*head, "memory", "of", "in flight", *["recompute"] * recomputes, "sends to")]
+    rows = [(*head, "memory", "of", "in flight", *["recompute"] * recomputes, "sends")]
     whole = sum(len(s.devices) * sum(t) for s, t in zip(plan.stages, plan.stage_times, strict=True)) or 1.0
     for s, (stage, times) in enumerate(zip(plan.stages, plan.stage_times, strict=True)):
         memory = stage_memory(plan, s, plan.in_flight[s])
@@ -57,7 +57,7 @@ def _list_rows(plan: PipelinePlan) -> list[tuple[str, ...]]:
             f"{memory / most:.0%}",
             str(plan.in_flight[s]),
             *["yes" if stage.recompute else "no"] * recomputes,
-            ", ".join(f"{b}: {format_bytes(size * plan.microbatch)}" for b, size in sends) or "-",
+            ", ".join(f"to {b}: {format_bytes(size * plan.microbatch)}" for b, size in sends) or "-",
         ]
         rows.append(tuple(row))
     return rows
@@ -65,11 +65,11 @@ def _list_rows(plan: PipelinePlan) -> list[tuple[str, ...]]:
 
 def _format_prediction(plan: PipelinePlan) -> str:
     lockstep, free = plan.predict("executor"), plan.predict("free")
-    parts = f"timetable {lockstep.makespan:.4g} s, bubble {lockstep.bubble_fraction:.1%}"
-    parts += f"; gradients {lockstep.reduce_seconds:.3g} s, update {lockstep.update_seconds:.3g} s"
     return (
-        f"Predicted: {lockstep.step_seconds:.4g} s a step, {lockstep.throughput:.4g} examples/s ({parts}); "
-        f"{free.step_seconds:.4g} s if ranks ran freely"
+        f"Predicted: {lockstep.step_seconds:.4g} s a step in the executor's lockstep, {lockstep.throughput:.4g} examples/s; "
+        f"{free.step_seconds:.4g} s if ranks ran freely\n"
+        f"  timetable {lockstep.makespan:.4g} s with a bubble of {lockstep.bubble_fraction:.1%}, "
+        f"gradients {lockstep.reduce_seconds:.3g} s, update {lockstep.update_seconds:.3g} s"
     )
 
 
