@@ -31,6 +31,8 @@ from jaxpar.schedule.simulation import Simulation
 from jaxpar.schedule.timetable import Timetable
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from jaxpar.schedule.costs import Link
 
 _LIMITED = ("1f1b", "eager_1f1b", "gpipe")
@@ -355,6 +357,12 @@ class PipelinePlan:
     def __str__(self) -> str:
         """A table of the stages, and what a step is thought to take."""
         return format_plan(self)
+
+    def draw(self, path: str | os.PathLike[str] | None = None, *, mode: Mode = "executor") -> Figure:
+        """A picture of the stage graph and the timetable; see `jaxpar.plan.plan_picture.draw_plan`."""
+        from jaxpar.plan.plan_picture import draw_plan
+
+        return draw_plan(self, path, mode=mode)
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal plan: stages, cluster and graph.

@@ -66,8 +66,8 @@ def _list_rows(plan: PipelinePlan) -> list[tuple[str, ...]]:
 def _format_prediction(plan: PipelinePlan) -> str:
     lockstep, free = plan.predict("executor"), plan.predict("free")
     return (
-        f"Predicted: {lockstep.step_seconds:.4g} s a step in the executor's lockstep, {lockstep.throughput:.4g} examples/s; "
-        f"{free.step_seconds:.4g} s if ranks ran freely\n"
+        f"Predicted: {lockstep.step_seconds:.4g} s a step in the executor's lockstep, "
+        f"{lockstep.throughput:.4g} examples/s; {free.step_seconds:.4g} s if ranks ran freely\n"
         f"  timetable {lockstep.makespan:.4g} s with a bubble of {lockstep.bubble_fraction:.1%}, "
         f"gradients {lockstep.reduce_seconds:.3g} s, update {lockstep.update_seconds:.3g} s"
     )

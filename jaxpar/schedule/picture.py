@@ -16,12 +16,13 @@ from jaxpar.text import format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 Colour = tuple[float, float, float]
 
-_COLOURS = {"F": "#739fe2", "B": "#86c985", "I": "#5ac9bd", "W": "#c3da58", "U": "#b9b9b9"}
+COLOURS = {"F": "#739fe2", "B": "#86c985", "I": "#5ac9bd", "W": "#c3da58", "U": "#b9b9b9"}
 _MEANING = {"F": "forward", "B": "backward", "I": "input backward", "W": "weight backward", "U": "update"}
-_EDGE, _MEMORY = "#404040", "#d0c3da"
+EDGE, MEMORY = "#404040", "#d0c3da"
 
 # A rank's row is one unit high: the actions above, the memory strip below, a gap. The axis points down.
 _BOX, _STRIP = (0.0, 0.54), (0.58, 0.3)  # top, height
@@ -29,7 +30,7 @@ _BOX, _STRIP = (0.0, 0.54), (0.58, 0.3)  # top, height
 _FONT, _SMALLEST_FONT = 7.0, 4.0  # points
 _DIGIT = 0.64 / 72  # inches of a digit per point of font
 _NARROWEST, _WIDEST = 7.0, 28.0  # inches of the time axis
-_ROW = 0.5  # inches
+ROW = 0.5  # inches
 
 
 def draw_simulation(run: Simulation, path: str | os.PathLike[str] | None = None, *, unit: str = "s") -> "Figure":
@@ -38,26 +39,30 @@ def draw_simulation(run: Simulation, path: str | os.PathLike[str] | None = None,
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing a timetable needs matplotlib: pip install 'jaxpar[draw]'") from error
-    inches, font = _choose_scale(run)
-    ranks = run.timetable.dag.num_ranks
-    figure = Figure(figsize=(inches + 1.4, _ROW * ranks + 1.1), layout="constrained")
-    axes = figure.add_subplot()
-    for rank in range(ranks):
-        _draw_actions(axes, run, rank, inches, font)
-    _draw_memory(axes, run)
-    _dress(axes, run, unit)
+    inches, font = choose_scale(run)
+    figure = Figure(figsize=(inches + 1.4, ROW * run.timetable.dag.num_ranks + 1.1), layout="constrained")
+    handles = fill_axes(figure.add_subplot(), run, inches, font, unit)
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=_FONT, frameon=False)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
 
 
-def _choose_scale(simulation: Simulation) -> tuple[float, float]:
+def fill_axes(axes: "Axes", run: Simulation, inches: float, font: float, unit: str) -> "list[Patch]":
+    """Draw a run on axes that are `inches` wide and have `ROW` inches for each rank; returns what a legend shows."""
+    for rank in range(run.timetable.dag.num_ranks):
+        _draw_actions(axes, run, rank, inches, font)
+    _draw_memory(axes, run)
+    return _dress(axes, run, unit)
+
+
+def choose_scale(simulation: Simulation, widest: float = _WIDEST) -> tuple[float, float]:
     """Inches of the time axis and points of the labels: the widest label fits the shortest action, within bounds."""
     durations = [simulation.end[action] - begin for action, begin in simulation.start.items()]
     shortest = min((d for d in durations if d > 0), default=1.0)
     digits = len(str(simulation.timetable.num_microbatches - 1))
     wanted = simulation.makespan / shortest * (digits + 1) * _DIGIT * _FONT
-    inches = min(max(wanted, _NARROWEST), _WIDEST)
+    inches = min(max(wanted, _NARROWEST), widest)
     return inches, max(_SMALLEST_FONT, _FONT * min(1.0, inches / wanted if wanted else 1.0))
 
 
@@ -68,10 +73,10 @@ def _draw_actions(axes: "Axes", simulation: Simulation, rank: int, inches: float
     for action in simulation.timetable.order(rank):
         boxes[action.kind, stages.index(action.stage)].append(action)
     for (kind, chunk), actions in boxes.items():
-        colour = _shade(_COLOURS[kind], chunk, len(stages))
+        colour = _shade(COLOURS[kind], chunk, len(stages))
         spans = [(simulation.start[a], simulation.end[a] - simulation.start[a]) for a in actions]
         axes.broken_barh(
-            spans, (rank + _BOX[0], _BOX[1]), facecolor=colour, edgecolor=_EDGE, linewidth=0.5, clip_on=False
+            spans, (rank + _BOX[0], _BOX[1]), facecolor=colour, edgecolor=EDGE, linewidth=0.5, clip_on=False
         )
         ink = "white" if _is_dark(colour) else "black"
         for action, (begin, duration) in zip(actions, spans, strict=True):
@@ -91,26 +96,25 @@ def _draw_memory(axes: "Axes", simulation: Simulation) -> None:
         floor = rank + sum(_STRIP)
         times = [*(time for time, _ in curve), simulation.makespan]
         heights = [floor - _STRIP[1] * held / (max(peaks) or 1) for _, held in (*curve, curve[-1])]
-        axes.fill_between(times, heights, floor, step="post", facecolor=_MEMORY, edgecolor="none")
+        axes.fill_between(times, heights, floor, step="post", facecolor=MEMORY, edgecolor="none")
         label = format_bytes(peak) if in_bytes else f"{peak:.0f} in flight"
         axes.text(1.004, floor, label, transform=axes.get_yaxis_transform(), fontsize=_FONT, va="bottom")
 
 
-def _dress(axes: "Axes", simulation: Simulation, unit: str) -> None:
-    """Title, legend, axes."""
+def _dress(axes: "Axes", simulation: Simulation, unit: str) -> "list[Patch]":
+    """Title and axes, and what the legend shows."""
     from matplotlib.patches import Patch
 
     timetable = simulation.timetable
     title = f"makespan {simulation.makespan:.4g} ({simulation.mode}), bubble {simulation.bubble_fraction:.1%}"
     axes.set_title(f"{timetable.name}: {count_ranks(timetable)}, {title.replace('%', ' %')}", loc="left", fontsize=10)
     kinds = {action.kind for action in simulation.start}
-    handles = [Patch(facecolor=_COLOURS[k], edgecolor=_EDGE, label=_MEANING[k]) for k in KINDS if k in kinds]
+    handles = [Patch(facecolor=COLOURS[k], edgecolor=EDGE, label=_MEANING[k]) for k in KINDS if k in kinds]
     chunks = max(len(timetable.dag.stages_on(rank)) for rank in range(timetable.dag.num_ranks))
     if chunks > 1:
         for chunk, name in ((0, "first stage of a rank"), (chunks - 1, "last")):
-            handles.append(Patch(facecolor=_shade(_COLOURS["U"], chunk, chunks), edgecolor=_EDGE, label=name))
-    handles.append(Patch(facecolor=_MEMORY, label="residuals"))
-    axes.figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=_FONT, frameon=False)
+            handles.append(Patch(facecolor=_shade(COLOURS["U"], chunk, chunks), edgecolor=EDGE, label=name))
+    handles.append(Patch(facecolor=MEMORY, label="residuals"))
     axes.set_xlim(0, simulation.makespan or 1)
     axes.set_ylim(timetable.dag.num_ranks, -0.1)
     axes.set_yticks([rank + _BOX[1] / 2 for rank in range(timetable.dag.num_ranks)])
@@ -119,6 +123,7 @@ def _dress(axes: "Axes", simulation: Simulation, unit: str) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel(f"time ({unit})", fontsize=8, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
+    return handles
 
 
 def _shade(colour: str, chunk: int, chunks: int) -> Colour:
