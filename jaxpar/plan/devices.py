@@ -99,7 +99,7 @@ def _tpu(name: str, bfloat16: float, memory: float, bandwidth: float, source: st
 _TPU_V4 = _tpu("tpu_v4", 275 * _T, 32 * _GIB, 1200 * _G, "Google Cloud documentation, TPU v4: system architecture")
 _TPU_V5E = _tpu("tpu_v5e", 197 * _T, 16 * _GIB, 819 * _G, "Google Cloud documentation, TPU v5e: system architecture")
 _TPU_V5P = _tpu("tpu_v5p", 459 * _T, 95 * _GIB, 2765 * _G, "Google Cloud documentation, TPU v5p: system architecture")
-_TPU_V6E = _tpu("tpu_v6e", 918 * _T, 32 * _GIB, 1640 * _G, "Google Cloud documentation, TPU v6e: system architecture")
+_TPU_V6E = _tpu("tpu_v6e", 918 * _T, 32 * _GIB, 1638 * _G, "Google Cloud documentation, TPU v6e: system architecture")
 _CPU = DeviceSpec(
     "cpu",
     {"float64": 25 * _G, "float32": 50 * _G},
@@ -108,7 +108,7 @@ _CPU = DeviceSpec(
     "round figures of one core of a present-day CPU; measured costs are what counts there",
 )
 
-_ICI = "TPU system architecture pages, the chip's links in one direction of one axis of the torus"
+_PAGES = "system architecture pages of the Google Cloud TPU documentation: "
 PRESETS: Mapping[str, Preset] = {
     "v100": Preset(
         _V100,
@@ -155,10 +155,38 @@ PRESETS: Mapping[str, Preset] = {
         False,
         "DGX B200 data sheet: NVLink 14.4 TB/s both ways for eight GPUs; 400 Gb/s for each GPU",
     ),
-    "tpu_v4": Preset(_TPU_V4, r"tpu v4", 4096, Link(1e-6, 45 * _G), Link(_FAR, 6.25 * _G), False, _ICI),
-    "tpu_v5e": Preset(_TPU_V5E, r"tpu v5 ?lite|tpu v5e", 256, Link(1e-6, 45 * _G), Link(_FAR, 3.125 * _G), False, _ICI),
-    "tpu_v5p": Preset(_TPU_V5P, r"tpu v5p|tpu v5$", 8960, Link(1e-6, 90 * _G), Link(_FAR, 6.25 * _G), False, _ICI),
-    "tpu_v6e": Preset(_TPU_V6E, r"tpu v6 ?lite|tpu v6e", 256, Link(1e-6, 90 * _G), Link(_FAR, 12.5 * _G), False, _ICI),
+    "tpu_v4": Preset(
+        _TPU_V4,
+        r"tpu v4",
+        4096,
+        Link(1e-6, 50 * _G),
+        Link(_FAR, 6.25 * _G),
+        links_source="Jouppi et al. 2023, https://arxiv.org/abs/2304.01433: six links of 50 GB/s; 50 Gb/s a chip as of v5p",
+    ),
+    "tpu_v5e": Preset(
+        _TPU_V5E,
+        r"tpu v5 ?lite|tpu v5e",
+        256,
+        Link(1e-6, 50 * _G),
+        Link(_FAR, 3.125 * _G),
+        links_source=_PAGES + "400 GB/s both ways over four ports; two 100 Gb/s cards for eight chips",
+    ),
+    "tpu_v5p": Preset(
+        _TPU_V5P,
+        r"tpu v5p|tpu v5$",
+        8960,
+        Link(1e-6, 100 * _G),
+        Link(_FAR, 6.25 * _G),
+        links_source=_PAGES + "1200 GB/s both ways over six ports; 50 Gb/s a chip between slices",
+    ),
+    "tpu_v6e": Preset(
+        _TPU_V6E,
+        r"tpu v6 ?lite|tpu v6e",
+        256,
+        Link(1e-6, 100 * _G),
+        Link(_FAR, 12.5 * _G),
+        links_source=_PAGES + "800 GB/s both ways over four ports; four 200 Gb/s cards for eight chips",
+    ),
     "cpu": Preset(
         _CPU,
         r"cpu",
