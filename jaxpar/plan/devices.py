@@ -161,7 +161,7 @@ PRESETS: Mapping[str, Preset] = {
         4096,
         Link(1e-6, 50 * _G),
         Link(_FAR, 6.25 * _G),
-        links_source="Jouppi et al. 2023, https://arxiv.org/abs/2304.01433: six links of 50 GB/s; 50 Gb/s a chip as of v5p",
+        links_source="Jouppi et al. 2023, https://arxiv.org/abs/2304.01433: six links of 50 GB/s; outside as v5p",
     ),
     "tpu_v5e": Preset(
         _TPU_V5E,

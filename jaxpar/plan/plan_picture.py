@@ -57,7 +57,7 @@ def draw_plan(plan: PipelinePlan, path: str | os.PathLike[str] | None = None, *,
     >>> stages = PlannedStage((0,), (0,)), PlannedStage((1,), (1,))
     >>> figure = draw_plan(PipelinePlan(graph, ClusterSpec.preset("cpu", 2), stages, 1, 4))
     >>> [axes.get_title(loc="left") for axes in figure.axes][1]
-    '1f1b: 2 ranks, 4 micro-batches, makespan 18 (executor), bubble 33.3 %'
+    '1f1b: 2 ranks, 4 micro-batches, makespan 15 (executor), bubble 20.0 %'
     """
     try:
         from matplotlib.figure import Figure
