@@ -7,15 +7,22 @@ The sizes are those of Jeon et al. 2025, https://arxiv.org/abs/2406.17145, appen
                  bag of 100 rows is concatenated; joined, then 4 dense layers of 4096
     CANDLE-Uno   7 branches of 4 dense layers of 4096; joined, then 4 dense layers of 4096
 
-One evaluation of a layer for n examples takes the longest of its arithmetic at 90 % of the peak and of its bytes at 80 %
-of the memory's bandwidth, weights included, and a launch per kernel: so a dense layer of 4096 costs the same for 1 to
-about 30 examples, which is why micro-batches can be too small.
+One evaluation of a layer for n examples takes the longest of its arithmetic and of its bytes, weights included, at
+80 % of the memory's bandwidth, and a launch per kernel. A matrix product reaches 90 % of the peak when its output is
+large, and half of that when the output has as many elements as the multiprocessors hold at a time (`HALF`):
+
+    seconds = 2 m k n / (0.9 peak) * (1 + HALF / (m n))
+
+so that small micro-batches are slow. For a transformer layer, forwards and backwards, an example takes 13 % less in
+a micro-batch of 4 than in one of 2, and 7 % less in one of 8 than in one of 4; the paper measured 10 % between 2 and 4
+(section 7.5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jaxpar.plan.op_graph import Op, OpGraph
 from jaxpar.plan.time_curve import TimeCurve
@@ -24,16 +31,25 @@ PEAK = 15.7e12  # float32 flop/s, NVIDIA V100 SXM2 datasheet
 BANDWIDTH = 900e9  # bytes/s, the same
 ARITHMETIC, STREAM = 0.9, 0.8  # what large kernels reach of them
 LAUNCH = 5e-6  # seconds a kernel
+HALF = 80 * 3500.0  # assumed: 80 multiprocessors, each with 3,500 elements of the output under way
 SIZES = tuple(float(2**i) for i in range(15))
 FLOAT = 4
 
 
+Product = tuple[float, float, float, float]  # how many, rows per example, inner size, columns; of its forward
+
+
 @dataclass(frozen=True)
 class Work:
-    """Of one evaluation: what each example costs, what the evaluation costs whatever its size, and its kernels."""
+    """Of one evaluation: its matrix products, what it moves for each example and whatever the size, and its kernels.
 
-    flops: float
-    bytes: float
+    `gradients` are the products that give weights' gradients: the examples' rows are summed over, and the output has
+    the size of the weights.
+    """
+
+    products: tuple[Product, ...] = ()
+    gradients: tuple[Product, ...] = ()
+    bytes: float = 0.0
     fixed_bytes: float = 0.0
     kernels: int = 1
 
@@ -42,7 +58,9 @@ class Work:
         return TimeCurve(tuple((n, self._seconds(n)) for n in SIZES))
 
     def _seconds(self, n: float) -> float:
-        arithmetic = n * self.flops / (PEAK * ARITHMETIC)
+        products = ((2 * count * inner, n * rows * columns) for count, rows, inner, columns in self.products)
+        gradients = ((2 * count * n * rows, inner * columns) for count, rows, inner, columns in self.gradients)
+        arithmetic = sum(inner * (outputs + HALF) for inner, outputs in (*products, *gradients)) / (PEAK * ARITHMETIC)
         memory = (n * self.bytes + self.fixed_bytes) / (BANDWIDTH * STREAM)
         return max(arithmetic, memory) + self.kernels * LAUNCH
 
@@ -51,12 +69,11 @@ def dense_layer(name: str, inputs: int, outputs: int) -> Op:
     """`relu(x @ w + b)`: each example reads a row and writes one; each evaluation reads the weights."""
     weights = FLOAT * (inputs * outputs + outputs)
     rows = FLOAT * (inputs + 3 * outputs)  # the relu reads and writes once more
-    flops = 2.0 * inputs * outputs
     return Op(
         name,
-        forward=Work(flops, rows, weights, kernels=2).curve(),
-        input_backward=Work(flops, rows, weights, kernels=2).curve(),
-        weight_backward=Work(flops, rows, 2 * weights).curve(),  # adds to the accumulator
+        forward=Work(((1, 1, inputs, outputs),), (), rows, weights, kernels=2).curve(),
+        input_backward=Work(((1, 1, outputs, inputs),), (), rows, weights, kernels=2).curve(),
+        weight_backward=Work((), ((1, 1, inputs, outputs),), rows, 2 * weights).curve(),  # adds to the accumulator
         parameter_bytes=weights,
         residual_bytes=FLOAT * (inputs + outputs),
         output_bytes=FLOAT * outputs,
@@ -69,14 +86,15 @@ def transformer_layer(name: str, length: int, hidden: int, heads: int) -> Op:
     weights = FLOAT * (12 * hidden**2 + 13 * hidden)
     token = FLOAT * hidden
     scores = FLOAT * heads * length**2
-    flops = length * (24.0 * hidden**2 + 4.0 * hidden * length)
+    linear = ((4, length, hidden, hidden), (1, length, hidden, 4 * hidden), (1, length, 4 * hidden, hidden))
+    attention = ((1, heads * length, hidden / heads, length), (1, heads * length, length, hidden / heads))
     kept = length * 17 * token + scores  # inputs of 2 norms, 4 products and the gelu, q k v, the context; softmax
     moved = 2 * kept + 2 * scores
     return Op(
         name,
-        forward=Work(flops, moved, weights, kernels=20).curve(),
-        input_backward=Work(flops, moved, weights, kernels=20).curve(),
-        weight_backward=Work(length * 24.0 * hidden**2, kept, 2 * weights, kernels=8).curve(),
+        forward=Work((*linear, *attention), (), moved, weights, kernels=20).curve(),
+        input_backward=Work((*linear, *attention, *attention), (), moved, weights, kernels=20).curve(),
+        weight_backward=Work((), linear, kept, 2 * weights, kernels=8).curve(),
         parameter_bytes=weights,
         residual_bytes=kept,
         output_bytes=length * token,
@@ -90,8 +108,8 @@ def embedding_bag(name: str, rows: int, width: int, bag: int) -> Op:
     out = FLOAT * width * bag
     return Op(
         name,
-        forward=Work(0.0, 2 * out + FLOAT * bag).curve(),
-        weight_backward=Work(0.0, 3 * out + FLOAT * bag).curve(),
+        forward=Work((), (), 2 * out + FLOAT * bag).curve(),
+        weight_backward=Work((), (), 3 * out + FLOAT * bag).curve(),
         parameter_bytes=table,
         state_bytes=table,
         residual_bytes=FLOAT * bag,
@@ -103,7 +121,7 @@ def embedding_bag(name: str, rows: int, width: int, bag: int) -> Op:
 def concatenation(name: str, width: int, rows: int = 1) -> Op:
     """Copies its inputs side by side."""
     size = FLOAT * width * rows
-    copy = Work(0.0, 2 * size).curve()
+    copy = Work((), (), 2 * size).curve()
     return Op(name, forward=copy, input_backward=copy, output_bytes=size, kind=f"concatenate {width}x{rows}")
 
 
@@ -113,7 +131,7 @@ def mmt(branches: int = 4, layers: int = 8, length: int = 256, hidden: int = 102
     for b in range(branches):
         names = [f"branch{b}.layer{i}" for i in range(layers)]
         ops += [transformer_layer(name, length, hidden, heads) for name in names]
-        edges += list(zip(names, names[1:], strict=False))
+        edges += list(pairwise(names))
         ends.append(names[-1])
     ops.append(concatenation("join", branches * hidden, length))
     return OpGraph.build(ops, edges + [(end, "join") for end in ends])
@@ -134,7 +152,7 @@ def _join_branches(dense: int, sparse: int, depth: int, width: int) -> OpGraph:
     for b in range(dense):
         names = [f"dense{b}.layer{i}" for i in range(depth)]
         ops += [dense_layer(name, width, width) for name in names]
-        edges += list(zip(names, names[1:], strict=False))
+        edges += list(pairwise(names))
         ends.append(names[-1])
         joined += width
     for b in range(sparse):
@@ -146,7 +164,7 @@ def _join_branches(dense: int, sparse: int, depth: int, width: int) -> OpGraph:
     edges += [(end, "join") for end in ends]
     top = [f"top.layer{i}" for i in range(depth)]
     ops += [dense_layer(name, joined if i == 0 else width, width) for i, name in enumerate(top)]
-    edges += list(zip(["join", *top], top, strict=False))
+    edges += list(pairwise(["join", *top]))
     return OpGraph.build(ops, edges)
 
 

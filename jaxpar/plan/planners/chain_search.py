@@ -15,7 +15,7 @@ before and after needs too many by its work alone, are left out for each T.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,9 +73,15 @@ def _bisect_bottleneck(choices: StageChoices, num_devices: int, deepest: int) ->
         table = _Table.make(choices, middle, num_devices, deepest)
         if table.first_depth:
             high = min(middle, table.read_chain(table.first_depth).bottleneck)
+            choices = _narrow(choices, table.stages)  # what can't be used at this bottleneck can't at a smaller one
         else:
             low = middle
     return high
+
+
+def _narrow(choices: StageChoices, stages: np.ndarray) -> StageChoices:
+    spans = replace(choices.spans, start=choices.spans.start[stages], end=choices.spans.end[stages])
+    return replace(choices, spans=spans, seconds=choices.seconds[:, stages], max_depth=choices.max_depth[:, stages])
 
 
 @dataclass(frozen=True)
