@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxpar.arguments import NewState, Signature
 from jaxpar.errors import PlanError
 from jaxpar.lower import Axes
-from jaxpar.passes import Options
+from jaxpar.options import Options
+from jaxpar.plan import ClusterSpec, PipelinePlan
 from jaxpar.schedule import Timetable
 from jaxpar.step import PipelinedStep
 
@@ -19,9 +20,12 @@ def parallelize(
     fun: Callable[..., Any] | None = None,
     *,
     mesh: Mesh,
-    num_microbatches: int,
-    schedule: str | Timetable | Callable[..., Timetable] = "1f1b",
+    num_microbatches: int | None = None,
+    schedule: str | Timetable | Callable[..., Timetable] | None = None,
     schedule_options: Mapping[str, Any] | None = None,
+    plan: PipelinePlan | str | None = None,
+    plan_options: Mapping[str, Any] | None = None,
+    cluster: ClusterSpec | None = None,
     batch_argnums: int | Sequence[int] = (1,),
     state_argnums: int | Sequence[int] = (0,),
     static_argnums: int | Sequence[int] = (),
@@ -46,13 +50,19 @@ def parallelize(
             out to use `parallelize` as a decorator with arguments.
         mesh: has an axis of stages; one of replicas, if any, splits the batch; all others are left to the compiler,
             so that the user's own shardings over them act inside a stage.
-        num_microbatches: M; the batch size must be a multiple of M times the number of replicas.
-        schedule: a name: "gpipe", "1f1b", "eager_1f1b", "kfkb", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2",
+        num_microbatches: M; the batch size must be a multiple of M times the number of replicas. A plan can say it.
+        schedule: a name; that of the plan by default, or "1f1b": "gpipe", "1f1b", "eager_1f1b", "kfkb", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2",
             "zb_v", "v_half", "v_min", "dualpipe_v"; "auto", which searches for the fastest by the plan's costs; a
             function `(dag, num_microbatches, **options) -> Timetable`; or a `Timetable`.
         schedule_options: for the schedule, e.g. `{"extra": 0}` for 1F1B with the textbook's memory. For "auto" those of
             `jaxpar.schedule.find_timetable`: `memory_limit` (micro-batches in flight on each rank) or `memory_bytes`
             (of residuals on each rank), `split_backward`, `seconds`, `seed`, `progress`, `cache`.
+        plan: which operators form which stage, on which ranks: a `jaxpar.plan.PipelinePlan` for the step's own graph of
+            operators, whose device i is position i on the axis of stages; or the name of a planner ("auto",
+            "graphpipe", "pipedream", ...) that makes one at the first call. Stages may be branches side by side, and
+            have different numbers of replicas. By default there is one stage a rank, cut from a sequence.
+        plan_options: for the planner.
+        cluster: what the devices along the axis of stages are, and their links; taken from the mesh by default.
         batch_argnums: arguments whose arrays have one row per example.
         state_argnums: arguments that are training state: each leaf is kept by the stage that uses it. Where several
             states are given or returned (`place`, `gather`, `new_state`), they are in the order of the arguments.
@@ -103,6 +113,9 @@ def parallelize(
             num_microbatches,
             schedule,
             dict(schedule_options or {}),
+            plan,
+            dict(plan_options or {}),
+            cluster,
             cuts,
             state_of,
             new_state,

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import _jax
-from jaxpar.arguments import Arguments, NewState, OutputTree, match_state_outputs
-from jaxpar.errors import PlanError, ScheduleError, TraceError
+from jaxpar.arguments import Arguments, OutputTree, match_state_outputs
+from jaxpar.arrange import Arrangement, arrange_stages
+from jaxpar.errors import ScheduleError, TraceError
 from jaxpar.lower import Axes, Machine, StateLayout, build_machine, jit_step, keep_axes, make_layout
+from jaxpar.options import Options
 from jaxpar.plan import Plan, Roofline, plan_stages
 from jaxpar.schedule import (
     MemoryLimit,
@@ -23,10 +24,8 @@ from jaxpar.schedule import (
     StageCosts,
     StageDag,
     Timetable,
-    default_layout,
     find_timetable,
     make_timetable,
-    place_stages,
     simulate,
 )
 from jaxpar.trace import Program, make_program, trace_size
@@ -37,49 +36,6 @@ AUTO = "auto"
 _SEARCH_OPTIONS = ("memory_limit", "memory_bytes", "split_backward", "seconds", "seed", "progress", "cache")
 
 
-@dataclass(frozen=True)
-class Options:
-    num_microbatches: int
-    schedule: str | Timetable | Callable[..., Timetable]
-    schedule_options: Mapping[str, Any]
-    cuts: Sequence[str] | None
-    state_of: Any  # PipelinedStep | None
-    new_state: NewState
-    donate: bool
-    stages_per_rank: int | None
-    placement: str | None
-    replicas: Sequence[int] | None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.num_microbatches, int | np.integer) or self.num_microbatches < 1:
-            raise PlanError(f"num_microbatches is {self.num_microbatches}; it must be a whole number, at least 1.")
-        count = self.stages_per_rank
-        if count is not None and (not isinstance(count, int | np.integer) or count < 1):
-            raise PlanError(f"stages_per_rank is {count!r}; it must be a whole number, at least 1.")
-        if self.replicas is not None and any(not isinstance(d, int | np.integer) or d < 1 for d in self.replicas):
-            raise PlanError(f"replicas is {self.replicas!r}; it must be a whole number, at least 1, for each stage.")
-        self.rank_of(1)  # so that a wrong placement shows at once
-
-    def groups(self, num_ranks: int) -> tuple[tuple[int, ...], ...]:
-        """The positions on the stage axis that are replicas of each other: neighbours."""
-        if self.replicas is None:
-            return tuple((r,) for r in range(num_ranks))
-        if sum(self.replicas) != num_ranks:
-            raise PlanError(
-                f"replicas={tuple(self.replicas)} takes {sum(self.replicas)} ranks, but the mesh has {num_ranks} on "
-                "its axis of stages: the numbers must add up to that."
-            )
-        ends = np.cumsum(self.replicas).tolist()
-        return tuple(tuple(range(end - d, end)) for end, d in zip(ends, self.replicas, strict=True))
-
-    def rank_of(self, num_ranks: int) -> tuple[int, ...]:
-        """The rank of each stage: as asked for, or as the schedule needs it."""
-        if isinstance(self.schedule, Timetable) and self.schedule.dag.num_ranks == num_ranks:
-            return self.schedule.dag.rank_of
-        count, placement = default_layout(self.schedule)
-        return place_stages((self.stages_per_rank or count) * num_ranks, num_ranks, self.placement or placement)  # type: ignore[arg-type]
-
-
 @dataclass(frozen=True, eq=False)
 class Built:
     """Everything about the step for arguments of one shape."""
@@ -87,6 +43,7 @@ class Built:
     arguments: Arguments
     program: Program
     plan: Plan
+    arrangement: Arrangement
     timetable: Timetable
     search: SearchResult | None  # that found the timetable, for schedule="auto"
     machine: Machine
@@ -129,32 +86,37 @@ def run_passes(
         specs: each leaf's sharding over the axes that are left to the compiler.
         layouts: where the state is, if it is placed already: the plan then follows it.
     """
-    microbatch = microbatch_size(arguments, axes, options.num_microbatches)
-    groups = layouts[0].groups if layouts else options.groups(axes.num_ranks)
-    platform = mesh.devices.flat[0].platform
-    sizes = (arguments.num_examples, trace_size(arguments.num_examples, microbatch))
+    known = options.num_microbatches or getattr(options.plan, "num_microbatches", None)
+    expected = microbatch_size(arguments, axes, known or 1)
+    sizes = (arguments.num_examples, trace_size(arguments.num_examples, expected))
     (whole, shapes), (small, _) = map(arguments.trace, sizes)
     program = make_program(whole, small, sizes, arguments.names, arguments.roles)
     outputs = match_state_outputs(arguments, shapes, program.carries_over, options.new_state)
+    updated = _updated_inputs(arguments, outputs)
+    arrangement = arrange_stages(program, updated, mesh, axes, options, layouts)
+    platform = mesh.devices.flat[0].platform
     plan = plan_stages(
         program,
-        options.rank_of(len(groups)),
-        groups,
-        microbatch,
+        arrangement.rank_of,
+        arrangement.groups,
+        microbatch_size(arguments, axes, arrangement.num_microbatches),
         Roofline.for_platform(platform),
-        judge=lambda dag, costs: _simulated_seconds(options, dag, costs),
-        updated=_updated_inputs(arguments, outputs),
+        judge=lambda dag, costs: _simulated_seconds(arrangement, dag, costs),
+        updated=updated,
         cuts=options.cuts,
         owners=_owners(arguments, layouts) if layouts is not None else None,
+        forward_stage=arrangement.forward_stage,
+        recompute=arrangement.recompute,
     )
-    timetable, search = _choose_timetable(options, plan)
+    timetable, search = _choose_timetable(arrangement, plan)
     plan = plan.with_backwards(timetable.is_split)
     if layouts is None:
         layouts = _lay_out(arguments, plan, specs, mesh, axes)
     staged = _jax.copies_rings(platform)
-    machine = build_machine(program, plan.graph, timetable, axes, groups, layouts, outputs.state_outputs, staged)
+    groups, state_outputs = arrangement.groups, outputs.state_outputs
+    machine = build_machine(program, plan.graph, timetable, axes, groups, layouts, state_outputs, staged)
     jitted = jit_step(machine, mesh, outputs.updated, options.donate)
-    return Built(arguments, program, plan, timetable, search, machine, layouts, outputs, jitted)
+    return Built(arguments, program, plan, arrangement, timetable, search, machine, layouts, outputs, jitted)
 
 
 def microbatch_size(arguments: Arguments, axes: Axes, count: int) -> int:
@@ -179,10 +141,10 @@ def microbatch_size(arguments: Arguments, axes: Axes, count: int) -> int:
     return total // step
 
 
-def _choose_timetable(options: Options, plan: Plan) -> tuple[Timetable, SearchResult | None]:
-    dag, count, extra = plan.graph.dag, options.num_microbatches, dict(options.schedule_options)
-    if options.schedule != AUTO:
-        return make_timetable(options.schedule, dag, count, **extra), None
+def _choose_timetable(arrangement: Arrangement, plan: Plan) -> tuple[Timetable, SearchResult | None]:
+    dag, count, extra = plan.graph.dag, arrangement.num_microbatches, dict(arrangement.schedule_options)
+    if arrangement.schedule != AUTO:
+        return make_timetable(arrangement.schedule, dag, count, **extra), None
     if unknown := [key for key in extra if key not in _SEARCH_OPTIONS]:
         known = ", ".join(_SEARCH_OPTIONS)
         raise ScheduleError(f"schedule {AUTO!r} takes {known}, not {', '.join(unknown)}")
@@ -207,12 +169,12 @@ def _choose_timetable(options: Options, plan: Plan) -> tuple[Timetable, SearchRe
     return best.timetable, best
 
 
-def _simulated_seconds(options: Options, dag: StageDag, costs: StageCosts) -> float:
+def _simulated_seconds(arrangement: Arrangement, dag: StageDag, costs: StageCosts) -> float:
     """The makespan of a candidate plan. A timetable that is made for one plan only: plans are compared under 1F1B."""
-    later = isinstance(options.schedule, Timetable) or options.schedule == AUTO
-    schedule = "1f1b" if later else options.schedule
-    extra = {} if later else options.schedule_options
-    return simulate(make_timetable(schedule, dag, options.num_microbatches, **extra), costs).makespan
+    later = isinstance(arrangement.schedule, Timetable) or arrangement.schedule == AUTO
+    schedule = "1f1b" if later else arrangement.schedule
+    extra = {} if later else arrangement.schedule_options
+    return simulate(make_timetable(schedule, dag, arrangement.num_microbatches, **extra), costs).makespan
 
 
 def _lay_out(

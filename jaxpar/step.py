@@ -26,8 +26,9 @@ from jaxpar.lower import (
     make_recorder,
     place_leaves,
 )
-from jaxpar.passes import Built, Options, collector_paused, free_spec, run_passes
-from jaxpar.plan import Plan
+from jaxpar.options import Options
+from jaxpar.passes import Built, collector_paused, free_spec, run_passes
+from jaxpar.plan import PipelinePlan, Plan
 from jaxpar.schedule import Simulation, Timetable
 from jaxpar.show import explain_step
 from jaxpar.trace import Program
@@ -72,7 +73,10 @@ class PipelinedStep:
 
     def __repr__(self) -> str:
         mesh = " x ".join(f"{n} {a}" for a, n in self._mesh.shape.items())
-        return f"PipelinedStep({self._signature.name}, {mesh}, {self._options.num_microbatches} micro-batches)"
+        plan = self._options.plan
+        planned = plan.num_microbatches if isinstance(plan, PipelinePlan) else "planned"
+        count = self._options.num_microbatches or planned
+        return f"PipelinedStep({self._signature.name}, {mesh}, {count} micro-batches)"
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -369,6 +373,8 @@ class PipelinedStep:
             with collector_paused():
                 built = run_passes(arguments, specs, self._mesh, self._axes, self._options, layouts)
             self._built[arguments.key], self._layouts = built, built.layouts
+            if built.arrangement.pipeline is not None:  # other shapes follow the plan of the first
+                self._options = replace(self._options, plan=built.arrangement.pipeline)
         self._last = self._built[arguments.key]
         return self._last
 

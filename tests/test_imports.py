@@ -22,6 +22,8 @@ ORDER = [
     "show",
     "arguments",
     "planning",
+    "options",
+    "arrange",
     "passes",
     "step",
     "api",

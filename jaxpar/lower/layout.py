@@ -45,13 +45,14 @@ class StateLayout:
     trees: tuple[Any, ...]  # of the state arguments
     leaves: tuple[Leaf, ...]
     packing: Packing
+    rank_of: tuple[int, ...]  # the group of each stage
     groups: tuple[tuple[int, ...], ...]  # ranks that are replicas of each other
 
     @cached_property
     def token(self) -> str:
         """Equal for equal layouts, also in another process."""
         devices = [d.id for d in self.mesh.devices.flat]
-        text = repr((devices, dict(self.mesh.shape), self.groups, self.leaves, self.packing.buffers))
+        text = repr((devices, dict(self.mesh.shape), self.rank_of, self.groups, self.leaves, self.packing.buffers))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -157,7 +158,7 @@ def make_layout(
         Leaf(name, shape, dtype, stages[i], ranks[i], spec, places.get(i), shared.get(i))
         for i, (name, shape, dtype, spec) in enumerate(leaves)
     ]
-    return StateLayout(mesh, stage_axis, tuple(trees), tuple(made), packing, tuple(map(tuple, groups)))
+    return StateLayout(mesh, stage_axis, tuple(trees), tuple(made), packing, tuple(rank_of), tuple(map(tuple, groups)))
 
 
 def place_leaves(layout: StateLayout, values: Sequence[Any]) -> PlacedState:

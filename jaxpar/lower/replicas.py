@@ -164,8 +164,9 @@ class _Replicating:
     def _program(self, program: StageProgram, node: Node) -> StageProgram:
         kind, stage = node
         parts: list[Node] = [("I", stage), ("W", stage)] if kind == "B" and self.planned.is_split else [node]
-        # What I and W both read is joined once where they are one action.
-        joined = {eqn.outputs: eqn for part in parts for eqn in self.joined[part]}
+        # Not all readers of a bundle read all of it; what I and W both read is joined once where they are one action.
+        wanted = set(program.reads)
+        joined = {eqn.outputs: eqn for part in parts for eqn in self.joined[part] if wanted.issuperset(eqn.outputs)}
         taken = [eqn for part in parts for eqn in self.taken[part]]
         pieces = {v: self.pieces[part, v] for part in parts for v in program.reads if (part, v) in self.pieces}
         reads = tuple(p for v in program.reads for p in pieces.get(v, [v]))

@@ -49,10 +49,10 @@ def run_machine(
     (prelude,), _ = run_rounds(machine.prelude, stored, once, rank, axes.stage)
     stored["prelude"] = prelude
     carry = _run_ticks(machine, stored, batch, first, clock)
-    stored["totals"] = [
-        reduce_over_group(reduce_over_replicas(x, item.tag, axes), item.tag, machine.doubling, axes.stage)
-        for x, item in zip(carry["totals"], machine.totals.buffers, strict=True)
-    ]
+    complete = lambda x, op: reduce_over_group(
+        reduce_over_replicas(x, op, axes), op, machine.groups, machine.doubling, axes.stage
+    )
+    stored["totals"] = [complete(x, item.tag) for x, item in zip(carry["totals"], machine.totals.buffers, strict=True)]
     groups, everywhere = run_rounds(machine.update, stored, once, rank, axes.stage)
     return groups[:-1], everywhere, groups[-1], carry["outputs"]
 

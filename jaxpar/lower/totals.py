@@ -1,8 +1,8 @@
 """Totals: the reductions over micro-batches and replicas, and the buffers that they grow in.
 
-Replicas are ranks of the data axis, and ranks of one group on the stage axis. Groups may differ in size, for which
-`psum` has no form that compiles for TPUs: there they are reduced by recursive doubling (Thakur, Rabenseifner, Gropp,
-IJHPCA 2005), one permutation a round for all groups. Every rank of a group ends with the same bits.
+Replicas are ranks of the data axis, and ranks of one group on the stage axis. Where groups differ in size, for which
+`psum` has no form that compiles for TPUs, they are reduced by recursive doubling (Thakur, Rabenseifner, Gropp, IJHPCA
+2005), one permutation a round for all groups. Every rank of a group ends with the same bits.
 """
 
 from __future__ import annotations
@@ -121,8 +121,10 @@ def plan_doubling(groups: Sequence[Sequence[int]]) -> tuple[Doubling, ...]:
     return tuple(r for r in made if r.pairs)
 
 
-def reduce_over_group(x: Any, op: Any, rounds: Sequence[Doubling], axis: str) -> Any:
+def reduce_over_group(x: Any, op: Any, groups: Sequence[Sequence[int]], rounds: Sequence[Doubling], axis: str) -> Any:
     """The reduction of `x` over this rank's group on the mesh axis `axis`."""
+    if rounds and op in _REDUCE and len(set(map(len, groups))) == 1:
+        return _REDUCE[op](x, axis, axis_index_groups=[list(group) for group in groups])
     rank = lax.axis_index(axis)
     for r in rounds:
         other = lax.ppermute(x, axis, r.pairs)

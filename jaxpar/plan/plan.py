@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxpar.errors import PlanError
@@ -135,6 +135,8 @@ def plan_stages(
     updated: Mapping[int, int],
     cuts: Sequence[str] | None = None,
     owners: Mapping[int, int | None] | None = None,
+    forward_stage: Mapping[Eqn, int] | None = None,
+    recompute: Collection[int] = (),
 ) -> Plan:
     """Cut the program into stages.
 
@@ -148,7 +150,9 @@ def plan_stages(
         cuts: names of the modules at which stages 1 ... S-1 begin; None lets the planner choose.
         updated: index of the output that is the new value of a state input, by the input's index.
         owners: where the state lies already: stage by index of the program's input, None for every stage. The stages
-        follow it.
+            follow it, unless `forward_stage` says where they are.
+        forward_stage: the stage of each forward equation, for a cut that is settled; edges go to higher stages.
+        recompute: stages whose backward repeats their forward.
 
     Raises: PlanError where the program has fewer places to cut than stages, or a named module isn't there.
     """
@@ -158,15 +162,20 @@ def plan_stages(
     _check_shares(microbatch, replicas)
 
     def make(forward_stage: Mapping[Eqn, int]) -> Plan:
-        graph = route_values(flow, forward_stage, rank_of, num_ranks, microbatch, False, replicas)
+        graph = route_values(flow, forward_stage, rank_of, num_ranks, microbatch, False, replicas, recompute)
         homes = Homes(owners, {}) if owners is not None else home_state(program, graph, updated)
         summaries = tuple(_summarise(graph, homes, s, replicas[rank_of[s]], device) for s in range(num_stages))
-        return Plan(graph, homes, summaries, microbatch, tuple(map(tuple, groups)), flow, forward_stage, device)
+        members = tuple(map(tuple, groups))
+        return Plan(
+            graph, homes, summaries, microbatch, members, flow, forward_stage, device, frozenset(recompute)
+        )
 
-    orders = [order_forward(flow, order, microbatch, device) for order in _distinct_orders(flow)]
+    if forward_stage is not None:
+        return make(forward_stage)
     if owners is not None:
-        candidates = [make(_stages_of(orders[0], _follow_owners(program, orders[0], owners, num_stages)))]
-    elif cuts is not None:
+        return make(_follow_owners(flow, owners, num_stages))
+    orders = [order_forward(flow, order, microbatch, device) for order in _distinct_orders(flow)]
+    if cuts is not None:
         if len(cuts) + 1 != num_stages:
             each = f"{num_stages // num_ranks} stage{'s' * (num_stages != num_ranks)} each"
             raise PlanError(
@@ -197,26 +206,34 @@ def _stages_of(order: ForwardOrder, starts: Sequence[int]) -> dict[Eqn, int]:
     return {eqn: s for s in range(len(starts)) for eqn in order.eqns[bounds[s] : bounds[s + 1]]}
 
 
-def _follow_owners(
-    program: Program, order: ForwardOrder, owners: Mapping[int, int | None], num_stages: int
-) -> tuple[int, ...]:
-    """Starts of stages such that equations lie with the state that they read: for a program whose state is placed."""
+def _follow_owners(flow: Flow, owners: Mapping[int, int | None], num_stages: int) -> dict[Eqn, int]:
+    """Stages such that equations lie with the state that they read, for a program whose state is placed: each at the
+    last of the stages of its state and of its inputs, or, if it reads neither, at the first that reads it.
+    """
+    program = flow.program
     behind: dict[Var, set[int]] = {program.inputs[i]: {s} for i, s in owners.items() if s is not None}
     for eqn in program.eqns:
         if program.phase[eqn] == "before":
             found = set().union(*(behind.get(v, set()) for v in eqn.reads)) if eqn.reads else set()
             for v in eqn.outputs:
                 behind[v] = found
-    stage, starts = 0, [0] * num_stages
-    for i, eqn in enumerate(order.eqns):
+    stage: dict[Eqn, int] = {}
+    made: dict[Var, int] = {}
+    for eqn in flow.forward:
         homes = set().union(*(behind.get(v, set()) for v in eqn.reads)) if eqn.reads else set()
-        if len(homes) == 1 and (home := homes.pop()) > stage:
-            for s in range(stage + 1, home + 1):
-                starts[s] = i
-            stage = home
-    for s in range(stage + 1, num_stages):
-        starts[s] = len(order.eqns)
-    return tuple(starts)
+        inputs = {made[v] for v in eqn.reads if v in made}
+        if not homes and not inputs:
+            continue
+        own = homes if len(homes) == 1 else set()  # of several stages' state: where its inputs are
+        stage[eqn] = max(own | inputs, default=0)
+        made.update(dict.fromkeys(eqn.outputs, stage[eqn]))
+    readers: dict[Var, int] = {}
+    for eqn in reversed(flow.forward):
+        if eqn not in stage:
+            stage[eqn] = min((readers[v] for v in eqn.outputs if v in readers), default=0)
+        for v in eqn.reads:
+            readers[v] = min(readers.get(v, num_stages), stage[eqn])
+    return stage
 
 
 def _summarise(graph: StageGraph, homes: Homes, stage: int, replicas: int, device: Roofline) -> StageSummary:
