@@ -51,9 +51,10 @@ def parallelize(
         mesh: has an axis of stages; one of replicas, if any, splits the batch; all others are left to the compiler,
             so that the user's own shardings over them act inside a stage.
         num_microbatches: M; the batch size must be a multiple of M times the number of replicas. A plan can say it.
-        schedule: a name; that of the plan by default, or "1f1b": "gpipe", "1f1b", "eager_1f1b", "kfkb", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2",
+        schedule: a name: "gpipe", "1f1b", "eager_1f1b", "kfkb", "interleaved_1f1b", "looped_bfs", "zb_h1", "zb_h2",
             "zb_v", "v_half", "v_min", "dualpipe_v"; "auto", which searches for the fastest by the plan's costs; a
-            function `(dag, num_microbatches, **options) -> Timetable`; or a `Timetable`.
+            function `(dag, num_microbatches, **options) -> Timetable`; or a `Timetable`. By default "1f1b", or what
+            the plan says.
         schedule_options: for the schedule, e.g. `{"extra": 0}` for 1F1B with the textbook's memory. For "auto" those of
             `jaxpar.schedule.find_timetable`: `memory_limit` (micro-batches in flight on each rank) or `memory_bytes`
             (of residuals on each rank), `split_backward`, `seconds`, `seed`, `progress`, `cache`.

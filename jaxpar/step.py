@@ -281,6 +281,10 @@ class PipelinedStep:
         """The stages and what they cost."""
         return self._examine(args, kwargs).plan
 
+    def pipeline(self, *args: Any, **kwargs: Any) -> PipelinePlan | None:
+        """The plan that the stages follow, for `plan=`: to print, draw, edit, save and give to another step."""
+        return self._examine(args, kwargs).arrangement.pipeline
+
     def timetable(self, *args: Any, **kwargs: Any) -> Timetable:
         """Which rank does what in which tick."""
         return self._examine(args, kwargs).timetable

@@ -34,7 +34,7 @@ class Replication:
 
     def timetable(self, planned: Timetable) -> Timetable:
         """The planned timetable with each group's actions done by all of its ranks."""
-        if self.graph.num_ranks == planned.dag.num_ranks:
+        if self.graph.dag == planned.dag:
             return planned
         rank_of = [[self.graph.rank_of[s] for s in replicas] for replicas in self.stages]
         grid = []
