@@ -120,6 +120,8 @@ class ClusterSpec:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    _slowness: dict[str, tuple[float, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", tuple(self.devices))
         if not isinstance(self.links, LinkMatrix):
@@ -248,9 +250,12 @@ class ClusterSpec:
 
     def slowdown(self, devices: Sequence[int], relative_to: str = "") -> float:
         """By what factor the slowest of some devices is slower than the device that times are for."""
-        if self.is_homogeneous and (not relative_to or relative_to == self.devices[0].name):
-            return 1.0
-        return max(1 / self.speed(i, relative_to) for i in devices)
+        if relative_to not in self._slowness:
+            other = self.find_device(relative_to)
+            kinds = {device: 1 / self.speed(i, other) for i, device in enumerate(self.devices)}
+            self._slowness[relative_to] = tuple(kinds[device] for device in self.devices)
+        slowness = self._slowness[relative_to]
+        return max(slowness[i] for i in devices)
 
     def find_device(self, name: str) -> DeviceSpec:
         """A kind of device by its name; "" for the first of the cluster.

@@ -78,7 +78,7 @@ class PipelinePlan:
       search_seconds: how long that took.
       chain: the stages form a chain in the order given, whatever they read: each waits for the one before it forwards
         and for the one after it backwards, as planners for chains have it. What is sent is the same.
-      notes: why its planner chose it, a sentence each; not compared.
+      notes: why it is so, in sentences of the planner's; they are printed under the table.
 
     Raises:
       PlanError: an operator is in no stage or in several, a stage is empty, or an index or number is out of range.
@@ -108,6 +108,7 @@ class PipelinePlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "schedule_options", dict(self.schedule_options))
+        object.__setattr__(self, "notes", tuple(self.notes))
         problems = list(find_misfits(self))
         if problems:
             raise PlanError(f"not a plan of {len(self.stages)} stages:\n  " + "\n  ".join(problems))

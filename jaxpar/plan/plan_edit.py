@@ -101,4 +101,4 @@ def _edit(plan: PipelinePlan, stages: Sequence[PlannedStage], when: str) -> Pipe
     except PlanError as error:
         raise PlanError(f"{when}{error}") from error
     planner = plan.planner if plan.planner.endswith("edited") else f"{plan.planner}, edited".removeprefix(", ")
-    return replace(plan, stages=ordered, planner=planner)
+    return replace(plan, stages=ordered, planner=planner, notes=())  # the notes are about the plan as it was

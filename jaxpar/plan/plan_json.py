@@ -80,6 +80,7 @@ def plan_to_dict(plan: PipelinePlan) -> dict[str, Any]:
         "num_microbatches": plan.num_microbatches,
         "schedule": plan.schedule,
         "schedule_options": dict(plan.schedule_options),
+        "notes": list(plan.notes),
         "stages": stages,
         "cluster": cluster_to_dict(plan.cluster),
         "graph": graph_to_dict(plan.graph),

@@ -208,13 +208,16 @@ def _draw_edges(
     start: float,
     sizes: _Sizes,
 ) -> None:
-    """Curves from the right of a box to the left of another, through the places of the columns between."""
+    """Curves from the right of a box to the left of another, through the places of the columns between.
+
+    Where a stage of a chain waits for another and receives nothing from it, the curve is dotted.
+    """
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path
 
     leaves, enters = _spread_ends(plan, layout, heights)
     most = max(plan.edges.values(), default=0.0) or 1.0
-    for edge, size in plan.edges.items():
+    for edge, size in plan.waits.items():
         a, b = edge
         points = [(left[a] + sizes.box, leaves[edge])]
         for column, middle in layout.bends[edge]:
@@ -230,16 +233,19 @@ def _draw_edges(
                 half = (x0 + x1) / 2
                 vertices += [(half, y0), (half, y1), (x1, y1)]
                 codes += [Path.CURVE4] * 3
-        width = 0.7 + 1.3 * size / most
+        sends = edge in plan.edges
         arrow = FancyArrowPatch(
             path=Path(vertices, codes),
             arrowstyle="-|>",
             mutation_scale=7,
-            color="#606060",
-            linewidth=width,
+            color="#606060" if sends else _FAINT,
+            linewidth=0.7 + 1.3 * size / most,
+            linestyle="-" if sends else ":",
             clip_on=False,
         )
         axes.add_patch(arrow)
+        if not sends:
+            continue
         (x0, y0), (x1, y1) = points[-2:]
         label = format_bytes(size * plan.microbatch)
         box = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"}
@@ -255,8 +261,8 @@ def _spread_ends(
     enters: dict[tuple[int, int], float] = {}
     for s, height in enumerate(heights):
         for ends, edges in (
-            (leaves, [edge for edge in plan.edges if edge[0] == s]),
-            (enters, [edge for edge in plan.edges if edge[1] == s]),
+            (leaves, [edge for edge in plan.waits if edge[0] == s]),
+            (enters, [edge for edge in plan.waits if edge[1] == s]),
         ):
             away = 1 if ends is leaves else 0
             near = [

@@ -179,15 +179,16 @@ class _Ways:
         whole = costs.backward or (0.0,) * dag.num_stages
         # I in place of B where backwards may be split: nothing waits for W.
         self.back = costs.input_backward if self.split and costs.input_backward else whole
+        self.transfer = {edge: costs.transfer_of(dag, *edge) for edge in dag.forward + dag.backward}
         self.work = [f + b for f, b in zip(self.forward, whole, strict=True)]
         self.head = [0.0] * dag.num_stages
         for s in dag.forward_order:
-            arrivals = [self.head[p] + self.forward[p] + costs.transfer_of(dag, p, s) for p in dag.forward_sources[s]]
+            arrivals = [self.head[p] + self.forward[p] + self.transfer[p, s] for p in dag.forward_sources[s]]
             self.head[s] = max(arrivals, default=0.0)
         self.tail = [0.0] * dag.num_stages
         for s in reversed(dag.backward_order):
             for p in dag.backward_sources[s]:
-                self.tail[p] = max(self.tail[p], self.tail[s] + self.back[s] + costs.transfer_of(dag, p, s))
+                self.tail[p] = max(self.tail[p], self.tail[s] + self.back[s] + self.transfer[p, s])
 
     def bound_ranks(self) -> float:
         plan = self.plan
@@ -213,16 +214,16 @@ class _Ways:
 
     def trip(self, stage: int) -> float:
         """Seconds from the start of F(stage) to the end of its B, for a micro-batch that waits for no other."""
-        dag, costs = self.plan.dag, self.plan.costs
+        dag = self.plan.dag
         # Both count from the start of F(stage): to the end of the F, and of the B, of each stage on the way.
         ready: dict[int, float] = {stage: self.forward[stage]}
         for s in dag.forward_order:
-            arrivals = [ready[p] + costs.transfer_of(dag, p, s) for p in dag.forward_sources[s] if p in ready]
+            arrivals = [ready[p] + self.transfer[p, s] for p in dag.forward_sources[s] if p in ready]
             if arrivals and s != stage:
                 ready[s] = max(arrivals) + self.forward[s]
         done: dict[int, float] = {}
         for s in dag.backward_order:
             if s in ready:
-                arrivals = [done[p] + costs.transfer_of(dag, p, s) for p in dag.backward_sources[s] if p in done]
+                arrivals = [done[p] + self.transfer[p, s] for p in dag.backward_sources[s] if p in done]
                 done[s] = max([ready[s], *arrivals]) + self.back[s]
         return done[stage]

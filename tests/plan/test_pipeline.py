@@ -110,9 +110,13 @@ def test_round_trip(plan):
 
 
 def test_files(tmp_path):
-    plan = diamond(planner="by hand", search_seconds=0.5, schedule="kfkb", schedule_options={"k": (1, 2, 1, 1)})
+    options = {"schedule": "kfkb", "schedule_options": {"k": (1, 2, 1, 1)}}
+    plan = diamond(planner="by hand", search_seconds=0.5, notes=["It is by hand."], **options)
     plan.save(tmp_path / "plan.json")
-    assert PipelinePlan.load(tmp_path / "plan.json") == plan
+    again = PipelinePlan.load(tmp_path / "plan.json")
+    assert again == plan
+    assert again.notes == ("It is by hand.",)
+    assert str(again).endswith("\nIt is by hand.")
 
 
 @pytest.mark.parametrize(
