@@ -1,6 +1,7 @@
 """Random operator graphs, clusters and plans."""
 
 import math
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -114,6 +115,7 @@ def plans(draw, max_ops: int = 8, has_backward: bool = True) -> PipelinePlan:
     ]
     microbatch = math.lcm(*map(len, groups)) * draw(st.integers(1, 2))
     schedule, options = draw(st.sampled_from(_SCHEDULES))
-    return PipelinePlan(
+    plan = PipelinePlan(
         graph, draw(clusters(taken)), tuple(stages), microbatch, draw(st.integers(1, 9)), schedule, options
     )
+    return replace(plan, chain=draw(st.booleans()))
