@@ -119,7 +119,6 @@ class ClusterSpec:
     _group_links: dict[tuple[tuple[int, ...], tuple[int, ...]], Link] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-
     _slowness: dict[str, tuple[float, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -249,7 +248,7 @@ class ClusterSpec:
         return device.fastest / other.fastest if dtype is None else device.peak(dtype) / other.peak(dtype)
 
     def slowdown(self, devices: Sequence[int], relative_to: str = "") -> float:
-        """By what factor the slowest of some devices is slower than the device that times are for."""
+        """By what factor the slowest of some devices is slower than the device that times are for; see `speed`."""
         if relative_to not in self._slowness:
             other = self.find_device(relative_to)
             kinds = {device: 1 / self.speed(i, other) for i, device in enumerate(self.devices)}

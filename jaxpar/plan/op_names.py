@@ -145,7 +145,10 @@ def describe_ops(graph: OpGraph, ops: Sequence[int]) -> str:
     ('layer_0 ... layer_7 (16)', 'embed, layer_0/attn', 'embed, layer_0 ... layer_7, head (18)')
     """
     cut = len(_common_module([op.name for op in graph.ops]))
-    pieces = _fold_numbers([graph.ops[i].name[cut:] for i in ops])
+    names = [graph.ops[i].name[cut:] for i in ops]
+    pieces = _fold_numbers(names, last=True)
+    if len(pieces) > _MOST_PIECES:
+        pieces = _fold_numbers(names, last=False)
     text = ", ".join(pieces) if len(pieces) <= _MOST_PIECES else f"{pieces[0]}, ..., {pieces[-1]}"
     return text if text.count(",") + 1 == len(ops) and "..." not in text else f"{text} ({len(ops)})"
 
@@ -157,22 +160,30 @@ def _common_module(names: Sequence[str]) -> str:
     return first[: first.rfind("/", 0, same) + 1] if first != last else ""
 
 
-def _fold_numbers(names: Sequence[str]) -> list[str]:
-    """Names that differ in a number as `first ... last`, up to the end of that number."""
-    by_form: dict[tuple[str, ...], list[list[str]]] = {}
+def _fold_numbers(names: Sequence[str], *, last: bool) -> list[str]:
+    """Names that differ in one number as `first ... last`: in their last number, or in the first that differs.
+
+    What comes after the number is left out.
+    """
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
     for name in names:
-        parts = re.split(r"(\d+)", name)
-        by_form.setdefault(tuple(parts[::2]), []).append(parts)
-    pieces: dict[str, None] = {}
-    for group in by_form.values():
+        parts = re.split(r"(\d+)", name)  # text and numbers in turn
+        groups.setdefault((*parts[:-2], parts[-1]) if last else tuple(parts[::2]), []).append(parts)
+    numbers: dict[str, set[int]] = {}  # by what comes before them; a name without is there by itself
+    for group in groups.values():
         at = next((k for k in range(1, len(group[0]), 2) if len({parts[k] for parts in group}) > 1), None)
-        if at is None:
-            pieces |= dict.fromkeys("".join(parts) for parts in group)
-            continue
-        group.sort(key=lambda parts: int(parts[at]))
-        first, last = group[0], group[-1]
-        numbers = sorted({int(parts[at]) for parts in group})
-        head, tail = ("".join(parts[: at + 1]) for parts in (first, last))
-        tail = tail[tail.rfind("/") + 1 :]
-        pieces[head + (", " if len(numbers) == 2 else " ... ") + tail] = None
-    return list(pieces)
+        for parts in group:
+            found = numbers.setdefault("".join(parts[:at]), set())
+            found |= {int(parts[at])} if at is not None else set()
+    return [_join_numbers(prefix, sorted(found)) for prefix, found in numbers.items()]
+
+
+def _join_numbers(prefix: str, numbers: Sequence[int]) -> str:
+    """
+    >>> _join_numbers("a/b_", [1, 2, 3]), _join_numbers("a/b_", [7]), _join_numbers("a/b", [])
+    ('a/b_1 ... b_3', 'a/b_7', 'a/b')
+    """
+    if len(numbers) < 2:
+        return prefix + "".join(map(str, numbers))
+    between = ", " if len(numbers) == 2 else " ... "
+    return f"{prefix}{numbers[0]}{between}{prefix[prefix.rfind('/') + 1 :]}{numbers[-1]}"

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
+from inspect import signature
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from jaxpar.errors import PlanError
 from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.predict import stage_memory
+from jaxpar.schedule.registry import SCHEDULES
 from jaxpar.text import format_bytes
 
 if TYPE_CHECKING:
@@ -23,14 +25,16 @@ _ROUNDING = 1e-9  # of memory: sums of floats
 
 def check_plan(plan: PipelinePlan) -> None:
     """See `PipelinePlan.check`."""
-    problems = list(_find_device_problems(plan))
+    schedule_problems = list(_find_schedule_problems(plan))
+    problems = [*_find_device_problems(plan), *schedule_problems]
     cycle = find_stage_cycle(plan.graph, plan.stage_of)
     if cycle:
         problems.append(cycle)
     else:
         in_order = list(_find_order_problems(plan))
         problems += in_order
-        if not (plan.chain and in_order):  # a chain that isn't in order waits for itself: nothing is in flight
+        # What is in flight is known of schedules that can run, and of chains only if they don't wait for themselves.
+        if not schedule_problems and not (plan.chain and in_order):
             problems += find_memory_problems(plan)
     if problems:
         raise PlanError(f"the plan of {len(plan.stages)} stages can't be run:\n  " + "\n  ".join(problems))
@@ -66,6 +70,11 @@ def find_misfits(plan: PipelinePlan) -> list[str]:
 
 def _find_device_problems(plan: PipelinePlan) -> Iterator[str]:
     holder: dict[int, int] = {}
+    if plan.graph.device:
+        try:
+            plan.cluster.find_device(plan.graph.device)
+        except PlanError as error:
+            yield str(error)
     for s, stage in enumerate(plan.stages):
         for device in stage.devices:
             other = holder.setdefault(device, s)
@@ -80,6 +89,19 @@ def _find_device_problems(plan: PipelinePlan) -> Iterator[str]:
                 f"stage {s} has {len(stage.devices)} replicas, which can't share a micro-batch of {plan.microbatch} "
                 f"examples evenly: take a multiple of {len(stage.devices)}, or other replicas"
             )
+
+
+def _find_schedule_problems(plan: PipelinePlan) -> Iterator[str]:
+    """Names and options; whether the schedule is for such a stage graph shows when its timetable is made."""
+    if plan.schedule not in SCHEDULES:
+        yield f"no schedule is called {plan.schedule!r}; known: {', '.join(SCHEDULES)}"
+        return
+    takes = list(signature(SCHEDULES[plan.schedule]).parameters)[2:]
+    if unknown := [option for option in plan.schedule_options if option not in takes]:
+        yield f"schedule {plan.schedule!r} takes {', '.join(takes)}, not {', '.join(unknown)}"
+    extra = plan.schedule_options.get("extra") or 0
+    if extra < 0:
+        yield f"extra (micro-batches in flight beyond a stage's depth) is at least 0, got {extra}"
 
 
 def _find_order_problems(plan: PipelinePlan) -> Iterator[str]:

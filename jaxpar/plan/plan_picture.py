@@ -7,6 +7,7 @@ as bars against the slowest stage, and the memory against the device's.
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN = 0.75, 0.85, 0.55, 0.75, 0.65
 _USUAL = 15.0  # the width that all is fitted into if it can be
 _LINE, _BAR, _PAD = 0.135, 0.07, 0.07
 _CELL = 0.1  # the strip of devices
-_MOST_CELLS, _PER_REPLICA = 16, 0.12
+_MOST_CELLS, _PER_DOUBLING = 32, 0.22
 _BOX_WIDTHS, _GAP_WIDTHS = (1.05, 2.0), (0.5, 1.1)  # least, most
 _FONT = 7.0
 _PAPER, _FAINT = "#fbfaf7", "#8a8a8a"
@@ -83,8 +84,8 @@ def draw_plan(plan: PipelinePlan, path: str | os.PathLike[str] | None = None, *,
         handles=handles, loc="lower right", ncols=len(handles), fontsize=_FONT, frameon=False, bbox_to_anchor=(1.0, 0.0)
     )
     _write_title(figure, plan, mode, _LEFT / width, 1 - 0.12 / height)
-    note = "bars in boxes: F and B of a micro-batch against the slowest stage, memory against the device's"
-    figure.text(1 - 0.1 / width, 1 - 0.12 / height, note, fontsize=_FONT, ha="right", va="top", color=_FAINT)
+    note = "bars: F and B of a micro-batch against the slowest stage; memory against the device's"
+    figure.text(_LEFT / width, 0.12 / height, note, fontsize=_FONT, va="bottom", color=_FAINT)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -130,10 +131,10 @@ def _box_lines(plan: PipelinePlan, s: int, sizes: _Sizes) -> tuple[list[str], li
 
 
 def _box_height(plan: PipelinePlan, s: int, sizes: _Sizes) -> float:
-    """As tall as its text needs, and taller for each replica."""
+    """As tall as its text needs, and taller each time that its replicas double."""
     names, figures = _box_lines(plan, s, sizes)
     lines = 1 + len(names) + len(figures)
-    return lines * _LINE + 2 * _BAR + 3 * _PAD + _PER_REPLICA * (min(len(plan.stages[s].devices), _MOST_CELLS) - 1)
+    return lines * _LINE + 2 * _BAR + 3 * _PAD + _PER_DOUBLING * math.log2(len(plan.stages[s].devices))
 
 
 def _draw_graph(

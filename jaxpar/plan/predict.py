@@ -110,6 +110,9 @@ def reduce_and_update(plan: PipelinePlan) -> tuple[float, float]:
 def predict(plan: PipelinePlan, mode: Mode = "executor") -> Prediction:
     """Simulate the plan's timetable, and add what comes after it.
 
+    Links are those between two ranks at a time: that messages of different pairs of ranks, or all-reduces of different
+    ranks, may share a node's way out is not in it.
+
     Args:
       plan: what to predict.
       mode: "executor" for the lockstep of ticks that jaxpar runs; "free" for ranks that run freely, as the literature
@@ -161,8 +164,12 @@ def estimate_step(plan: PipelinePlan) -> float:
         rank     min head + M * t + min tail         over and of the stages of a rank, which does one thing at a time
         memory   head(s) + k * trip(s) + max(trip(s), (M - k L) * t(s)) + tail(s)        k = floor((M - 1) / L)
 
-    since F(s, m + L) waits for B(s, m). The tail is exact for a balanced chain. For a schedule that splits backwards,
-    the last thing that a rank does may be a W, which nothing waits for: the tail then counts from the last I.
+    since F(s, m + L) waits for B(s, m). Of a balanced chain with free transfers it is the time itself. For a schedule
+    that splits backwards, the last thing that a rank does may be a W, which nothing waits for: the tail then counts
+    from the last I.
+
+    Raises:
+      PlanError: the stages form a cycle.
     """
     ways = _Ways(plan)
     bound = max(ways.bound_ranks(), ways.bound_memory())

@@ -177,6 +177,18 @@ def test_check_names_everything():
         assert part in str(failure.value)
 
 
+def test_check_of_schedules_and_devices():
+    plan = diamond()
+    for options, message in (
+        ({"schedule": "2f2b"}, "no schedule is called '2f2b'; known: gpipe, 1f1b"),
+        ({"schedule_options": {"extras": 1}}, "schedule '1f1b' takes extra, exchange, not extras"),
+        ({"schedule_options": {"extra": -1}}, "extra .* is at least 0, got -1"),
+        ({"graph": replace(plan.graph, device="abacus")}, "times are for the device 'abacus'"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            replace(plan, **options).check()
+
+
 def test_stages_may_share_all_of_their_devices():
     plan = diamond()
     shared = replace(plan, stages=(*plan.stages[:3], replace(plan.stages[3], devices=(0,))))
@@ -390,5 +402,10 @@ def test_operators_in_words():
     names = [f"net/branch_{k}/layer_{i}" for k in range(2) for i in range(10)] + ["net/norm", "net/head"]
     graph = OpGraph.build([Op(n, 1.0) for n in names], [])
     assert describe_ops(graph, range(10)) == "branch_0/layer_0 ... layer_9 (10)"
-    assert describe_ops(graph, range(20)) == "branch_0, branch_1 (20)"
+    assert describe_ops(graph, range(14)) == "branch_0/layer_0 ... layer_9, branch_1/layer_0 ... layer_3 (14)"
+    assert describe_ops(graph, range(22)) == "branch_0, branch_1, norm, head (22)"
+    blocks = [f"layer_{i}/{part}" for i in range(4) for part in ("attention", "mlp", "norm_1", "norm_2")]
+    graph = OpGraph.build([Op(n, 1.0) for n in blocks], [])
+    assert describe_ops(graph, range(2, 13)) == "layer_0 ... layer_3 (11)"
+    assert describe_ops(graph, range(2)) == "layer_0/attention, layer_0/mlp"
     assert describe_ops(graph, [18, 19, 20, 21]) == "branch_1/layer_8, layer_9, norm, head"
