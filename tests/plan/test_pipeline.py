@@ -404,8 +404,8 @@ def test_operators_in_words():
     assert describe_ops(graph, range(10)) == "branch_0/layer_0 ... layer_9 (10)"
     assert describe_ops(graph, range(14)) == "branch_0/layer_0 ... layer_9, branch_1/layer_0 ... layer_3 (14)"
     assert describe_ops(graph, range(22)) == "branch_0, branch_1, norm, head (22)"
+    assert describe_ops(graph, [18, 19, 20, 21]) == "branch_1/layer_8, layer_9, norm, head"
     blocks = [f"layer_{i}/{part}" for i in range(4) for part in ("attention", "mlp", "norm_1", "norm_2")]
     graph = OpGraph.build([Op(n, 1.0) for n in blocks], [])
     assert describe_ops(graph, range(2, 13)) == "layer_0 ... layer_3 (11)"
     assert describe_ops(graph, range(2)) == "layer_0/attention, layer_0/mlp"
-    assert describe_ops(graph, [18, 19, 20, 21]) == "branch_1/layer_8, layer_9, norm, head"
