@@ -139,7 +139,7 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "h200": Preset(
         _H200,
-        r"h200",
+        r"(?<!g)h200",  # not of a GH200, whose name tells the memory of its CPU
         8,
         Link(_NEAR, 450 * _G),
         Link(_FAR, 50 * _G),
