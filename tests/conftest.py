@@ -11,9 +11,12 @@ os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""),  # of two settings of a flag the last one counts
 ])  # fmt: skip
 
+import hypothesis
 import jax
 import pytest
 
+hypothesis.settings.register_profile("jaxpar", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("jaxpar")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
