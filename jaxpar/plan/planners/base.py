@@ -1,8 +1,10 @@
 """What all planners have in common: how they are called, and how sets of operators become a plan on devices."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from jaxpar.errors import PlanError
 from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.pipeline import PipelinePlan, PlannedStage
@@ -92,3 +94,17 @@ def make_plan(
     planned = tuple(PlannedStage(ops, ids, way.recompute) for (ops, way), ids in zip(ordered, devices, strict=True))
     options = {"extra": 0} if schedule_options is None and schedule == "1f1b" else dict(schedule_options or {})
     return PipelinePlan(graph, cluster, planned, microbatch, num_microbatches, schedule, options, planner)
+
+
+def check_options(name: str, planner: Planner, options: Mapping[str, Any]) -> None:
+    """Make sure that a planner knows its options.
+
+    Raises:
+      PlanError: names each unknown option, and those that there are.
+    """
+    parameters = inspect.signature(planner).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if unknown := [key for key in options if key not in known]:
+        raise PlanError(f"planner {name!r} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
