@@ -20,6 +20,7 @@ a micro-batch of 4 than in one of 2, and 7 % less in one of 8 than in one of 4; 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -166,6 +167,45 @@ def _join_branches(dense: int, sparse: int, depth: int, width: int) -> OpGraph:
     ops += [dense_layer(name, joined if i == 0 else width, width) for i, name in enumerate(top)]
     edges += list(pairwise(["join", *top]))
     return OpGraph.build(ops, edges)
+
+
+def layered(num_ops: int, branches: int = 4, sections: int = 4, seed: int = 0) -> OpGraph:
+    """Sections one after the other, each of uneven branches side by side, joined; for how search time grows.
+
+    All operators together take as long and hold as much as 256 transformer layers, however many they are; no two are
+    alike, so that nothing is gained by recognising equal branches.
+    """
+    rng = random.Random(seed)
+    layer = transformer_layer("layer", 256, 1024, 16)
+    length = max(1, (num_ops - sections) // (branches * sections))
+    share = 256 / (branches * length * sections)
+    ops: list[Op] = []
+    edges: list[tuple[str, str]] = []
+    last = ""
+    for section in range(sections):
+        ends = []
+        for branch in range(branches):
+            names = [f"section{section}.branch{branch}.op{i}" for i in range(length)]
+            ops += [_scale(layer, name, share * rng.uniform(0.5, 1.5)) for name in names]
+            edges += list(pairwise([last, *names] if last else names))
+            ends.append(names[-1])
+        last = f"section{section}.join"
+        ops.append(concatenation(last, 1024, 256))
+        edges += [(end, last) for end in ends]
+    return OpGraph.build(ops, edges)
+
+
+def _scale(op: Op, name: str, factor: float) -> Op:
+    return Op(
+        name,
+        forward=op.forward.scaled(factor),
+        input_backward=op.input_backward.scaled(factor),
+        weight_backward=op.weight_backward.scaled(factor),
+        parameter_bytes=op.parameter_bytes * factor,
+        residual_bytes=op.residual_bytes * factor,
+        output_bytes=op.output_bytes,
+        kind=name,
+    )
 
 
 MODELS: dict[str, Callable[[], OpGraph]] = {"MMT": mmt, "DLRM": dlrm, "CANDLE-Uno": candle_uno}
