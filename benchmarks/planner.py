@@ -9,8 +9,8 @@
 Models and times are those of `benchmarks.planner_models`; the cluster has nodes of 4 V100s (16 GB) joined by NVLink,
 and 100 Gb/s between nodes. Every planner has the same costs, and each plan is the planner's best over all micro-batch sizes
 that are powers of two, by the same judge: the simulated step with transfers, gradient reduction and update, of ranks
-that run freely as in the literature ("free"), and of the executor's lockstep ("lockstep"; the best number of extra
-micro-batches in flight that fits). Examples per second.
+that run freely as in the literature ("free"), and of the executor's lockstep ("lockstep"), each with the best number of
+extra micro-batches in flight that fits. Examples per second.
 
 "PipeDream" takes the least bottleneck for each micro-batch size, as the paper's does, and is what the ratios are to.
 "PipeDream, by step" judges chains with fewer stages too. The paper's mini-batches are in a table that its text form
@@ -125,7 +125,7 @@ def judge(plan: PipelinePlan, mode: Mode) -> float:
     """Examples per second, with the best number of extra micro-batches in flight that fits."""
     deepest = max(plan.depth)
     best = plan.predict(mode).throughput
-    if plan.schedule == "1f1b" and mode == "executor":
+    if plan.schedule == "1f1b":
         for extra in sorted({1, 2, 4, deepest // 2, deepest - 1} - {0}):
             more = replace(plan, schedule_options={**plan.schedule_options, "extra": extra})
             try:
@@ -201,7 +201,7 @@ def describe_stages(plan: PipelinePlan) -> str:
 
 def print_table(cases: Iterable[tuple[str, OpGraph, int, int]], planners: Sequence[str], limit: float) -> None:
     """The comparison, case by case, so that a long run can be watched."""
-    rows = [HEAD]
+    rows: list[tuple[str, ...]] = [HEAD]
     for model, graph, devices, batch in cases:
         started = time.perf_counter()
         rows += list_rows(model, graph, devices, batch, planners, limit)
@@ -212,7 +212,7 @@ def print_table(cases: Iterable[tuple[str, OpGraph, int, int]], planners: Sequen
 def print_growth(limit: float) -> None:
     """Search time of the planners that list no down-sets, for graphs and clusters of many sizes."""
     names = ("graphpipe", "pipedream", "auto")
-    rows = [("operators", "devices", *(f"{name} s" for name in names))]
+    rows: list[tuple[str, ...]] = [("operators", "devices", *(f"{name} s" for name in names))]
     for count, devices in [(n, 32) for n in (100, 300, 1000, 3000, 10_000)] + [
         (300, d) for d in (4, 16, 64, 256, 1024)
     ]:
@@ -230,7 +230,7 @@ def print_random(count: int, num_ops: int, devices: int) -> None:
     """How far `graphpipe` and `auto` are from `exact`: series-parallel graphs and DAGs, with tight and ample memory."""
     from tests.plan.random_graphs import random_cluster, random_dag, random_series_parallel
 
-    rows = [("graphs", "planner", "of", "within 1 %", "median", "90 %", "worst", "worst seed")]
+    rows: list[tuple[str, ...]] = [("graphs", "planner", "of", "within 1 %", "median", "90 %", "worst", "worst seed")]
     for kind, make in (("series-parallel", random_series_parallel), ("DAGs", random_dag)):
         found: dict[str, list[tuple[float, int]]] = {"graphpipe": [], "auto": []}
         for seed in range(count):
