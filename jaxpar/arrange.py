@@ -19,6 +19,7 @@ from jaxpar.lower import Axes, StateLayout
 from jaxpar.options import DEFAULT_SCHEDULE, Options
 from jaxpar.plan import ClusterSpec, PipelinePlan
 from jaxpar.plan.analytic import AnalyticCosts
+from jaxpar.plan.planners import plan as plan_graph
 from jaxpar.plan.program_graph import build_program_graph
 from jaxpar.schedule import Timetable
 from jaxpar.trace import Eqn, Program
@@ -74,9 +75,7 @@ def _follow_plan(program: Program, updated: Mapping[int, int], mesh: Mesh, axes:
         batch, settled = program.num_examples // axes.replicas, dict(options.plan_options)
         if options.num_microbatches is not None:
             settled["microbatches"] = (batch // options.num_microbatches,)
-        from jaxpar.plan import planners as planning  # TEMP
-
-        plan = planning.plan(operators.graph, cluster, batch, plan, **settled)
+        plan = plan_graph(operators.graph, cluster, batch, plan, **settled)
         logger.info("planned %s:\n%s", operators, plan)
     assert isinstance(plan, PipelinePlan)
     ranks = _check_devices(plan, axes)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+from jaxpar.lower.branches import Branch
 from jaxpar.lower.machine import Machine
-from jaxpar.lower.once import examples_of_output
+from jaxpar.lower.once import batch_inputs, examples_of_output
 from jaxpar.lower.slots import item_of
 from jaxpar.trace import Eqn, Var
 
@@ -17,16 +18,21 @@ class MemoryEstimate:
 
     Attributes:
         state: the placed state, updated in place.
+        batch: the replica's rows of the batch, which every rank has.
         totals: gradients and metrics, summed over micro-batches.
         residuals: kept from the forward to the backward of the micro-batches in flight.
         mailboxes: values received and not yet used.
         exchange: values being sent and received in one tick.
         prelude: invariant values computed once per step.
-        working: within one action: values alive at once at its fullest point, before the compiler's fusion.
+        working: within one action: values alive at once at its fullest point, before the compiler's fusion, and the
+            parameters that it takes out of pools.
         outputs: per-example results.
+        update: new values of what is kept in pools, which can't be updated in place; they need the room when the
+            micro-batches don't any more.
     """
 
     state: int
+    batch: int
     totals: int
     residuals: int
     mailboxes: int
@@ -34,15 +40,17 @@ class MemoryEstimate:
     prelude: int
     working: int
     outputs: int
+    update: int
 
     @property
     def temporary(self) -> int:
-        """What must be alive besides the arguments: everything but the state."""
-        return sum(getattr(self, f.name) for f in fields(self) if f.name != "state")
+        """What must be alive at once besides the arguments: while micro-batches run, or in the update."""
+        running = self.residuals + self.mailboxes + self.exchange + self.working
+        return self.totals + self.prelude + self.outputs + max(running, self.update)
 
     @property
     def total(self) -> int:
-        return self.state + self.temporary
+        return self.state + self.batch + self.temporary
 
 
 def estimate_memory(machine: Machine) -> MemoryEstimate:
@@ -50,33 +58,49 @@ def estimate_memory(machine: Machine) -> MemoryEstimate:
     program = machine.program
     per_example = {v for v in program.outputs if isinstance(v, Var) and program.is_batched(v)}
     count = machine.timetable.num_microbatches
+    rows = program.num_examples // machine.axes.replicas
+    updated = machine.update.groups[: machine.outputs.num_updated]
     return MemoryEstimate(
         state=sum(layout.packing.bytes for layout in machine.layouts),
+        batch=sum(v.bytes_at(rows) for v in batch_inputs(program)),
         totals=machine.totals.bytes,
         residuals=machine.residuals.bytes,
         mailboxes=machine.mail.bytes,
         exchange=payload * (2 if machine.timetable.exchange == 2 else 1),
         prelude=machine.prelude.groups[0].packing.bytes,
-        working=max(_peak_alive(b.eqns, b.examples) for b in machine.branches),
+        working=max(_pooled_bytes(b) + _peak_alive(b.eqns, b.examples) for b in machine.branches),
         outputs=sum(item_of(v, examples_of_output(machine.graph, v)).bytes * count for v in per_example),
+        update=sum(b.bytes for group in updated for b in group.packing.buffers[group.packing.num_slots :]),
     )
 
 
-def _peak_alive(eqns: Iterable[Eqn], microbatch: int) -> int:
-    """The most bytes of the action's own values alive at once, if it ran one equation after the other."""
+def _pooled_bytes(branch: Branch) -> int:
+    """Of the parameters that are parts of a pool, and have to be taken out."""
+    places = [(v, source.place) for v, source in branch.invariants]
+    return sum(v.bytes_at(1) for v, place in places if place is not None and place.offset is not None)
+
+
+def _peak_alive(eqns: Iterable[Eqn], examples: int) -> int:
+    """The most bytes of the action's own values alive at once, if it ran one equation after the other.
+
+    What no other equation reads (a gradient, a value to be sent) is counted when it is made, and then has its place.
+    """
     eqns = list(eqns)
     last: dict[Var, int] = {}
     for i, eqn in enumerate(eqns):
         for v in eqn.reads:
             last[v] = i
-    size = {v: v.bytes_at(microbatch) for eqn in eqns for v in eqn.outputs}
+    size = {v: v.bytes_at(examples) for eqn in eqns for v in eqn.outputs}
     alive = peak = 0
     ending: dict[int, int] = {}
     for i, eqn in enumerate(eqns):
+        passing = 0
         for v in eqn.outputs:
             if v in last:
                 alive += size[v]
                 ending[last[v]] = ending.get(last[v], 0) + size[v]
-        peak = max(peak, alive)
+            else:
+                passing += size[v]
+        peak = max(peak, alive + passing)
         alive -= ending.get(i, 0)
     return peak

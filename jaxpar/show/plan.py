@@ -22,6 +22,7 @@ from jaxpar.trace import Program
 
 _PARTS = {
     "state": "parameters and optimizer state",
+    "batch": "the batch",
     "totals": "gradients and metrics, summed",
     "residuals": "residuals of the micro-batches in flight",
     "mailboxes": "values received, waiting",
@@ -29,6 +30,7 @@ _PARTS = {
     "prelude": "invariants computed once",
     "working": "inside one action, before fusion",
     "outputs": "per-example results",
+    "update": "new state that isn't in place, later",
 }
 
 
