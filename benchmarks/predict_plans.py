@@ -52,7 +52,7 @@ def time_best(
 
 def main() -> None:
     print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; milliseconds, best of 5\n"
+        f"{platform.machine()}, Python {platform.python_version()}; milliseconds, best of 5\n"
     )
     both = ("executor", "free")
     print(f"{'stages':>6} {'M':>4} {'simulated':>10} {'predicted':>10} {'again':>8} {'estimated':>10} {'bound':>8}")
