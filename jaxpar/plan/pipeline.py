@@ -22,7 +22,7 @@ from jaxpar.plan.plan_check import check_plan, find_misfits, find_stage_cycle
 from jaxpar.plan.plan_edit import merge_stages, move_ops, split_stage
 from jaxpar.plan.plan_text import format_plan
 from jaxpar.plan.predict import Prediction, predict, stage_seconds
-from jaxpar.plan.quick_run import QuickRun, run_quickly
+from jaxpar.plan.quick_run import Limits, QuickRun, find_limits, run_quickly
 from jaxpar.schedule.costs import StageCosts
 from jaxpar.schedule.dag import Edge, StageDag
 from jaxpar.schedule.registry import make_timetable
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from jaxpar.schedule.costs import Link
 
-_LIMITED = ("1f1b", "eager_1f1b", "gpipe")
 _WHOLE_BACKWARDS = ("1f1b", "eager_1f1b", "kfkb", "gpipe", "interleaved_1f1b", "looped_bfs")
 
 
@@ -241,14 +240,12 @@ class PipelinePlan:
     @cached_property
     def quick_run(self) -> QuickRun | None:
         """The timetable in a form that is quicker to make and to time; None for schedules that have no such form."""
-        options = dict(self.schedule_options)
-        exchange = options.pop("exchange", 2)
-        if self.schedule == "1f1b":
-            options.pop("extra", None)
-        if self.schedule not in _LIMITED or options or not self.graph.has_backward or exchange not in (1, 2):
-            return None
-        limit, first = self.in_flight_limit, self.schedule == "gpipe"
-        return run_quickly(self.dag, self.num_microbatches, limit, exchange, first) if min(limit) >= 1 else None
+        limits = self._limits
+        return None if limits is None else run_quickly(self.dag, self.num_microbatches, limits)
+
+    @cached_property
+    def _limits(self) -> Limits | None:
+        return find_limits(self.schedule, self.schedule_options, self.dag, self.num_microbatches)
 
     @property
     def depth(self) -> tuple[int, ...]:
@@ -261,21 +258,15 @@ class PipelinePlan:
 
         For 1F1B and GPipe that is their bound, such as `min(M, depth + extra)`; else the timetable's peak.
         """
-        if self.schedule in _LIMITED and self.graph.has_backward:
-            return self.in_flight_limit
-        return self.timetable.peak_in_flight
+        run = self.quick_run
+        if run is None:
+            return self.timetable.peak_in_flight
+        return run.peak_in_flight if run.split else self.in_flight_limit
 
     @cached_property
     def in_flight_limit(self) -> tuple[int, ...]:
-        """What the schedule is known to keep each stage to, without making its timetable; M if nothing is known."""
-        count = self.num_microbatches
-        if self.schedule == "eager_1f1b":
-            return tuple(min(count, 2 * depth - 1) for depth in self.depth)
-        if self.schedule != "1f1b":
-            return (count,) * len(self.stages)
-        extra = self.schedule_options.get("extra")
-        extra = max(self.depth) // 2 if extra is None else extra
-        return tuple(min(count, depth + extra) for depth in self.depth)
+        """What the schedule is known to keep each stage to from F to B, or to I; M if nothing is known."""
+        return self._limits.before_backward if self._limits else (self.num_microbatches,) * len(self.stages)
 
     @property
     def may_split_backward(self) -> bool:
