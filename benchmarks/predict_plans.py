@@ -3,14 +3,15 @@
 
     python -m benchmarks.predict_plans
 
-Balanced chains with B = 2F, one device a stage, 1F1B with as many micro-batches in flight as there are stages
-downstream. `simulated` makes the timetable and simulates it in both modes; `predicted` is `plan.predict` in both modes,
+Balanced chains with B = 2F, one device a stage; 1F1B with as many micro-batches in flight as there are stages
+downstream, and ZB-H1. `simulated` makes the timetable and simulates it in both modes; `predicted` is `plan.predict` in both modes,
 the first time and when only costs have changed; `estimated` is `estimate_step`. The last column is the estimate over
 the free-running simulation, in the last table for slow links.
 """
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 from collections.abc import Callable
@@ -51,13 +52,14 @@ def time_best(
 
 
 def main() -> None:
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}; milliseconds, best of 5\n"
-    )
+    print(f"{platform.machine()}, Python {platform.python_version()}; milliseconds, best of 5\n")
     both = ("executor", "free")
-    print(f"{'stages':>6} {'M':>4} {'simulated':>10} {'predicted':>10} {'again':>8} {'estimated':>10} {'bound':>8}")
-    for stages, microbatches in ((4, 16), (8, 32), (16, 64), (32, 128)):
-        plan = make_chain(stages, microbatches)
+    print(
+        f"{'':<8} {'stages':>6} {'M':>4} {'simulated':>10} {'predicted':>10} {'again':>8} {'estimated':>10} {'bound':>8}"
+    )
+    for schedule, stages, microbatches in itertools.product(("1f1b", "zb_h1"), (8, 32), (32, 128)):
+        plan = replace(make_chain(stages, microbatches), schedule=schedule)
+        plan = replace(plan, schedule_options={"extra": 0} if schedule == "1f1b" else {})
         times = [
             time_best(lambda p: [p.simulate(mode).makespan for mode in both], plan),  # type: ignore[arg-type]
             time_best(lambda p: [p.predict(mode) for mode in both], plan),  # type: ignore[arg-type]
@@ -66,7 +68,7 @@ def main() -> None:
         ]
         cells = " ".join(f"{t * 1e3:>{w}.2f}" for t, w in zip(times, (10, 10, 8, 10), strict=True))
         bound = estimate_step(plan) / plan.predict("free").step_seconds
-        print(f"{stages:>6} {microbatches:>4} {cells} {bound:>8.4f}")
+        print(f"{schedule:<8} {stages:>6} {microbatches:>4} {cells} {bound:>8.4f}")
     print(f"\n{'stages':>6} {'M':>4} {'latency/F':>10} {'bound':>8}")
     for latency in (0.0, 0.1, 0.5, 1.0, 2.0):
         plan = make_chain(8, 32, Link(latency * 1e-3, 1e12))

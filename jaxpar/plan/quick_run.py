@@ -229,8 +229,11 @@ class _Filling:
 
     def take_next(self, rank: int, tick: int) -> int:
         """The code of the rank's next action, which is noted as done; -1 if none is ready."""
-        choose = self._choose_whole if self.limits.hold is None else self._choose_split
-        code = choose(*self.codes_on[rank], tick)
+        forwards, backwards, weights = self.codes_on[rank]
+        if self.limits.hold is None:
+            code = self._choose_whole(forwards, backwards, tick)
+        else:
+            code = self._choose_split(forwards, backwards, weights, self.limits.hold, tick)
         if code != _IDLE:
             self.ticks[code].append(tick)
             for other, lag in self.outputs[code]:
@@ -240,17 +243,18 @@ class _Filling:
                 self.peak[code // 3] = max(self.peak[code // 3], len(self.ticks[code]) - len(self.ticks[last]))
         return code
 
-    def _choose_whole(self, forwards: list[int], backwards: list[int], _: list[int], tick: int) -> int:
+    def _choose_whole(self, forwards: list[int], backwards: list[int], tick: int) -> int:
         """A backward, then a forward; the lower micro-batch, then the lower stage."""
         chosen = _IDLE
         if not self.limits.forwards_first or all(len(self.ticks[code]) == self.count for code in forwards):
             chosen = self._first(backwards, tick)
         return chosen if chosen != _IDLE else self._first(forwards, tick)
 
-    def _choose_split(self, forwards: list[int], inputs: list[int], weights: list[int], tick: int) -> int:
+    def _choose_split(
+        self, forwards: list[int], inputs: list[int], weights: list[int], hold: tuple[int, ...], tick: int
+    ) -> int:
         """A forward, a W in the way of one, an I, another W."""
-        ticks, hold = self.ticks, self.limits.hold
-        assert hold is not None
+        ticks = self.ticks
         full = [code for code in forwards if len(ticks[code]) - len(ticks[code + 2]) >= hold[code // 3]]
         chosen = self._first([code for code in forwards if code not in full] if full else forwards, tick)
         if chosen == _IDLE and full:
