@@ -4,9 +4,9 @@
     python -m benchmarks.predict_plans
 
 Balanced chains with B = 2F, one device a stage; 1F1B with as many micro-batches in flight as there are stages
-downstream, and ZB-H1. `simulated` makes the timetable and simulates it in both modes; `predicted` is `plan.predict` in both modes,
-the first time and when only costs have changed; `estimated` is `estimate_step`. The last column is the estimate over
-the free-running simulation, in the last table for slow links.
+downstream, and ZB-H1. `simulated` makes the timetable and simulates it in both modes; `predicted` is `plan.predict` in
+both modes, the first time and when only costs have changed; `estimated` is `estimate_step`. The last column is the
+estimate over the free-running simulation, in the last table for slow links.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ def time_best(
 def main() -> None:
     print(f"{platform.machine()}, Python {platform.python_version()}; milliseconds, best of 5\n")
     both = ("executor", "free")
-    print(
-        f"{'':<8} {'stages':>6} {'M':>4} {'simulated':>10} {'predicted':>10} {'again':>8} {'estimated':>10} {'bound':>8}"
-    )
+    columns = "".join(f"{name:>11}" for name in ("simulated", "predicted", "again", "estimated", "bound"))
+    print(f"{'':<8} {'stages':>6} {'M':>4}{columns}")
     for schedule, stages, microbatches in itertools.product(("1f1b", "zb_h1"), (8, 32), (32, 128)):
         plan = replace(make_chain(stages, microbatches), schedule=schedule)
         plan = replace(plan, schedule_options={"extra": 0} if schedule == "1f1b" else {})
@@ -66,9 +65,9 @@ def main() -> None:
             time_best(lambda p: [p.predict(mode) for mode in both], plan, warm=True),  # type: ignore[arg-type]
             time_best(estimate_step, plan),
         ]
-        cells = " ".join(f"{t * 1e3:>{w}.2f}" for t, w in zip(times, (10, 10, 8, 10), strict=True))
+        cells = "".join(f"{t * 1e3:>11.2f}" for t in times)
         bound = estimate_step(plan) / plan.predict("free").step_seconds
-        print(f"{schedule:<8} {stages:>6} {microbatches:>4} {cells} {bound:>8.4f}")
+        print(f"{schedule:<8} {stages:>6} {microbatches:>4}{cells}{bound:>11.4f}")
     print(f"\n{'stages':>6} {'M':>4} {'latency/F':>10} {'bound':>8}")
     for latency in (0.0, 0.1, 0.5, 1.0, 2.0):
         plan = make_chain(8, 32, Link(latency * 1e-3, 1e12))
