@@ -16,7 +16,6 @@ from functools import cached_property
 from jaxpar.errors import PlanError
 from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.coarsen import Coarsening, coarsen
-from jaxpar.plan.down_sets import members_of
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.pipeline import PipelinePlan, PlannedStage
 from jaxpar.plan.planners.base import make_plan
@@ -38,8 +37,10 @@ from jaxpar.schedule.simulate import Mode
 
 logger = logging.getLogger(__name__)
 
-SLACKS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 2.0)
+SLACKS = (1.0, 1.03, 1.08, 1.17, 1.3, 1.5, 2.0)
+_PRECISION = 2e-3  # of the bottleneck; the local search does the rest
 _BEST_SIZES = 4  # micro-batch sizes whose plans are improved
+_SIMULATED = 60  # of the plans that the local search finds for a size
 _POLISHED = 40  # neighbours of the best plan simulated in each round
 _PIPER_DOWN_SETS = 600  # where Piper's search is a matter of seconds
 
@@ -168,12 +169,11 @@ class _Hunt:
             if work[pricing.microbatch] >= self.judge.seconds:
                 break
             found = dict[Sketch, float]()
-            for search in space.searches(pricing):
-                best = bisect_bottleneck(search, self.judge.seconds / self.batch_size)
+            for search in space.searches(pricing, quick=True):
+                best = bisect_bottleneck(search, self.judge.seconds / self.batch_size, _PRECISION)
                 for slack in SLACKS if best else ():
-                    stages = search.solve(best.seconds * slack * (1 + 1e-9))
-                    sketch = Sketch.of(pricing.microbatch, [(sum(1 << op for op in ops), way) for ops, way in stages or ()])
-                    if stages:
+                    if stages := search.solve(best.seconds * slack * (1 + 1e-9)):
+                        sketch = Sketch.of_stages(pricing.microbatch, stages)
                         found[sketch] = self.model.estimate(sketch)
             self._judge("graphpipe", found, 6)
 
@@ -196,7 +196,7 @@ class _Hunt:
         if self.judge.schedules != choose_schedules(self.graph):
             return  # the caller wants those timetables and no others
         plans = list_interleaved(self.graph, self.cluster, self.batch_size, self.sizes, self.replicas, self.num_devices)
-        self.judge.consider("several stages a device", plans, as_is=True, most=8)
+        self.judge.consider("several stages a device", plans, as_is=True)
 
     def try_local_search(self) -> None:
         """From the best plans of each of the most promising micro-batch sizes."""
@@ -205,7 +205,7 @@ class _Hunt:
             by_size.setdefault(sketch.microbatch, []).append(sketch)
         for size in list(by_size)[:_BEST_SIZES]:
             found = improve(self.model, self._moves((size,)), by_size[size], self.effort // _BEST_SIZES)
-            self._judge("local search", found, self.effort // 200)
+            self._judge("local search", found, _SIMULATED)
 
     def polish(self) -> None:
         """Neighbours of the best plan, as long as one is faster; simulated, not only estimated."""
@@ -228,8 +228,7 @@ class _Hunt:
         return Moves(self.graph, (), (), self.num_devices, self.recompute)
 
     def _sketch_of(self, plan: PipelinePlan) -> Sketch:
-        parts = [(sum(1 << op for op in s.ops), Variant(len(s.devices), s.recompute)) for s in plan.stages]
-        return Sketch.of(plan.microbatch, parts)
+        return Sketch.of_stages(plan.microbatch, [(s.ops, Variant(len(s.devices), s.recompute)) for s in plan.stages])
 
     def _note(self, plans: Sequence[PipelinePlan]) -> None:
         """Keep plans to begin the local search with."""
@@ -245,9 +244,8 @@ class _Hunt:
 
     def _make_plans(self, sketch: Sketch) -> Iterator[PipelinePlan]:
         """With devices in order, and where links differ also with large stages within nodes."""
-        stages = [(members_of(members), variant) for members, variant in sketch.parts]
         levels = getattr(self.cluster, "links", ())
         for aligned in (False,) if isinstance(levels, tuple) and len(levels) < 2 else (False, True):
             yield make_plan(
-                self.graph, self.cluster, stages, sketch.microbatch, self.batch_size // sketch.microbatch, aligned=aligned
+                self.graph, self.cluster, sketch.stages(), sketch.microbatch, self.batch_size // sketch.microbatch, aligned=aligned
             )

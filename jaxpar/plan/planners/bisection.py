@@ -53,21 +53,24 @@ def measure(pricing: Pricing, stages: Sequence[Stage]) -> Found:
     return Found(pricing, tuple(stages), float(table.seconds[rows, np.arange(len(stages))].max()))
 
 
-def bisect_bottleneck(search: StageSearch, below: float = float("inf")) -> Found | None:
-    """The stages with the least bottleneck, to within `PRECISION`; None if there are none below `below`.
+def bisect_bottleneck(
+    search: StageSearch, below: float = float("inf"), precision: float = PRECISION
+) -> Found | None:
+    """The stages with the least bottleneck, to within `precision`; None if there are none below `below`.
 
     Args:
       search: for one micro-batch size.
-      below: seconds per example that are to be beaten by at least `PRECISION`.
+      below: seconds per example that are to be beaten by at least `precision`.
+      precision: relative.
     """
     pricing = search.pricing
-    high = below * pricing.microbatch / (1 + PRECISION)
+    high = below * pricing.microbatch / (1 + precision)
     low = pricing.least_work / pricing.num_devices
     low = max(low, float(pricing.op_seconds.min(axis=1).max()))
     if high < low:
         return None
     best = _try(search, high)
-    while best and best.seconds > low * (1 + PRECISION):
+    while best and best.seconds > low * (1 + precision):
         middle = (low * best.seconds) ** 0.5 if best.seconds > 1.5 * low else (low + best.seconds) / 2
         found = _try(search, middle)
         low, best = (low, found) if found else (middle, best)

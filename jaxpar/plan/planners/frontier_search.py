@@ -148,7 +148,7 @@ class FrontierSearch:
         after, before = self._sweep(devices)
         if after[0] > self.pricing.num_devices:
             return None
-        if self.table.is_free and deepest >= self.deepest:
+        if self.table.is_free(self.deepest) and deepest >= self.deepest:
             return self._read_chain(devices, after, limit)
         useful = devices + after[self.frontiers.pairs[:, 1]] + before[self.frontiers.pairs[:, 0]]
         return self._search_labels(limit, deepest, useful <= self.pricing.num_devices, before)

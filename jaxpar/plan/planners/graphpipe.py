@@ -119,10 +119,10 @@ class SearchSpace:
     graph: OpGraph
     deepest: int
 
-    def searches(self, pricing: Pricing) -> Iterator[StageSearch]:
-        """Those worth trying, the fastest first."""
+    def searches(self, pricing: Pricing, *, quick: bool = False) -> Iterator[StageSearch]:
+        """Those worth trying, the fastest first; with `quick` those that look along orders are left out."""
         yield TreeSearch(self._shapes, pricing, self._deepest)
-        for frontiers in self._frontiers:
+        for frontiers in self._frontiers if self.is_small or not quick else ():
             yield FrontierSearch(frontiers, pricing, self._deepest, None if self.is_small else _LABELS)
 
     def flatten(self, found: Found) -> Found:

@@ -13,6 +13,8 @@ from jaxpar.schedule.simulate import Mode
 
 ScheduleChoice = tuple[str, Mapping[str, Any]]  # name and options
 TEXTBOOK: ScheduleChoice = ("1f1b", {"extra": 0})
+_QUICK = ("1f1b", "eager_1f1b", "gpipe")  # timed without making a timetable
+_SLOW_TRIED = 4  # plans, of those given at once, for which the others are tried
 _SHORTER = 1 - 1e-9  # less than this share of another is less, and not by rounding
 
 
@@ -40,25 +42,32 @@ class Judge:
     by_kind: dict[str, tuple[float, PipelinePlan]] = field(default_factory=dict)
     simulated: int = 0
 
-    def consider(self, kind: str, plans: Iterable[PipelinePlan], *, most: int = 1 << 30, as_is: bool = False) -> None:
+    def consider(self, kind: str, plans: Iterable[PipelinePlan], *, as_is: bool = False) -> None:
         """Simulate plans in the order of their lower bounds, until none can be faster than the best.
+
+        Timetables that take long to make are tried for those that turned out best with the others.
 
         Args:
           kind: by whom they are; the fastest of each kind is kept, and at least one of each is simulated.
           plans: with any timetable.
-          most: how many to simulate at most.
           as_is: whether to take them with the timetable that they have.
         """
-        bounds = []
-        for plan in plans:
-            for timed in [plan] if as_is else self._time(plan):
-                if (bound := self._bound(timed)) < math.inf:
-                    bounds.append((bound, len(bounds), timed))
-        for place, (bound, _, plan) in enumerate(sorted(bounds, key=lambda entry: entry[:2])):
-            known = self.by_kind.get(kind, (math.inf,))[0]
-            if place >= most or (bound >= self.seconds * _SHORTER and known < math.inf) or bound >= known * _SHORTER:
+        timed = [(n, t) for n, plan in enumerate(plans) for t in ([plan] if as_is else self._time(plan))]
+        bounds = [(self._bound(plan), n, plan) for n, plan in timed]
+        results: dict[int, float] = {}
+        for bound, n, plan in sorted((e for e in bounds if e[2].schedule in _QUICK), key=lambda e: e[:2]):
+            if not self._is_promising(kind, bound):
                 break
-            self._simulate(kind, plan)
+            results[n] = min(self._simulate(kind, plan), results.get(n, math.inf))
+        slow = sorted(((results.get(n, bound), bound, n, plan) for bound, n, plan in bounds if plan.schedule not in _QUICK), key=lambda e: e[:3])
+        for _, bound, _, plan in slow[:_SLOW_TRIED]:
+            if self._is_promising(kind, bound):
+                self._simulate(kind, plan)
+
+    def _is_promising(self, kind: str, bound: float) -> bool:
+        """Whether a plan may be the best of its kind, and if the kind is known to have one that can be run, of all."""
+        known = self.by_kind.get(kind, (math.inf,))[0]
+        return bound < (known if known == math.inf else min(known, self.seconds)) * _SHORTER
 
     def _time(self, plan: PipelinePlan) -> list[PipelinePlan]:
         """With each timetable; without a pipeline there is one."""
@@ -71,7 +80,8 @@ class Judge:
         except (PlanError, ScheduleError):  # stages in a cycle, or a timetable that isn't for such stages
             return math.inf
 
-    def _simulate(self, kind: str, plan: PipelinePlan) -> None:
+    def _simulate(self, kind: str, plan: PipelinePlan) -> float:
+        """Its seconds; infinite if it can't be run."""
         self.simulated += 1
         try:
             seconds = predict(plan, self.mode).step_seconds
@@ -79,6 +89,7 @@ class Judge:
                 plan.check()
                 self.by_kind[kind] = seconds, plan
         except (PlanError, ScheduleError):
-            return  # it doesn't fit into memory with this timetable
+            return math.inf  # it doesn't fit into memory with this timetable
         if seconds < self.seconds * _SHORTER:
             self.best, self.seconds = plan, seconds
+        return seconds

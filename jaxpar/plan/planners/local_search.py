@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jaxpar.plan.op_graph import OpGraph
-from jaxpar.plan.planners.chain_stages import Variant
 from jaxpar.plan.planners.step_model import Part, Sketch, StepModel
 
 
@@ -84,12 +83,12 @@ class Moves:
 
     def _move_operators(self, sketch: Sketch) -> Iterator[Sketch]:
         parts = sketch.parts
-        for s, (members, variant) in enumerate(parts):
+        for s, (members, *way) in enumerate(parts):
             for piece in self._pieces(members):
                 near = self._near(piece)
-                for t, (other, way) in enumerate(parts):
+                for t, (other, *how) in enumerate(parts):
                     if t != s and (other & near or len(parts) <= 6):
-                        yield self._replace(sketch, {s: (members & ~piece, variant), t: (other | piece, way)})
+                        yield self._replace(sketch, {s: (members & ~piece, *way), t: (other | piece, *how)})
 
     def _near(self, piece: int) -> int:
         found = 0
@@ -100,17 +99,17 @@ class Moves:
 
     def _change_devices(self, sketch: Sketch) -> Iterator[Sketch]:
         parts = sketch.parts
-        for s, (members, variant) in enumerate(parts):
+        for s, (members, devices, recompute) in enumerate(parts):
             if self.recompute:
-                yield self._replace(sketch, {s: (members, Variant(variant.devices, not variant.recompute))})
-            for d in self._steps(variant.devices, sketch.microbatch):
-                changed = members, Variant(d, variant.recompute)
+                yield self._replace(sketch, {s: (members, devices, not recompute)})
+            for d in self._steps(devices, sketch.microbatch):
+                changed = members, d, recompute
                 yield self._replace(sketch, {s: changed})
-                if d > variant.devices:
-                    for t, (other, way) in enumerate(parts):
-                        for fewer in self._steps(way.devices, sketch.microbatch):
-                            if t != s and fewer < way.devices:
-                                yield self._replace(sketch, {s: changed, t: (other, Variant(fewer, way.recompute))})
+                if d > devices:
+                    for t, (other, theirs, again) in enumerate(parts):
+                        for fewer in self._steps(theirs, sketch.microbatch):
+                            if t != s and fewer < theirs:
+                                yield self._replace(sketch, {s: changed, t: (other, fewer, again)})
 
     def _steps(self, devices: int, microbatch: int) -> list[int]:
         """The next replica counts below and above."""
@@ -121,21 +120,20 @@ class Moves:
     def _merge(self, sketch: Sketch) -> Iterator[Sketch]:
         parts = sketch.parts
         for s, t in itertools.combinations(range(len(parts)), 2):
-            (members, variant), (other, way) = parts[s], parts[t]
-            most = variant.devices + way.devices
-            recompute = variant.recompute and way.recompute
-            for d in [d for d in self.replicas if d <= most and sketch.microbatch % d == 0][-2:]:
+            (members, devices, recompute), (other, more, again) = parts[s], parts[t]
+            for d in [d for d in self.replicas if d <= devices + more and sketch.microbatch % d == 0][-2:]:
                 kept = [part for i, part in enumerate(parts) if i not in (s, t)]
-                yield Sketch.of(sketch.microbatch, [*kept, (members | other, Variant(d, recompute))])
+                yield Sketch.of(sketch.microbatch, [*kept, (members | other, d, recompute and again)])
 
     def _split(self, sketch: Sketch) -> Iterator[Sketch]:
         free = self.num_devices - sketch.devices
-        for s, (members, variant) in enumerate(sketch.parts):
-            ways = list(self._divide_devices(variant.devices, free, sketch.microbatch))
+        for s, (members, devices, recompute) in enumerate(sketch.parts):
+            ways = list(self._divide_devices(devices, free, sketch.microbatch))
+            kept = [*sketch.parts[:s], *sketch.parts[s + 1 :]]
             for piece in self._pieces(members):
                 for here, there in ways:
-                    pair = (members & ~piece, Variant(here, variant.recompute)), (piece, Variant(there, variant.recompute))
-                    yield Sketch.of(sketch.microbatch, [*sketch.parts[:s], *sketch.parts[s + 1 :], *pair])
+                    pair = (members & ~piece, here, recompute), (piece, there, recompute)
+                    yield Sketch.of(sketch.microbatch, [*kept, *pair])
 
     def _divide_devices(self, devices: int, free: int, microbatch: int) -> Iterator[tuple[int, int]]:
         """Pairs that use what there is, or what the stage had, to the full."""
@@ -147,7 +145,7 @@ class Moves:
     def _change_sizes(self, sketch: Sketch) -> Iterator[Sketch]:
         at = list(self.microbatches).index(sketch.microbatch)
         for size in (*self.microbatches[max(at - 1, 0) : at], *self.microbatches[at + 1 : at + 2]):
-            if all(size % variant.devices == 0 for _, variant in sketch.parts):
+            if all(size % devices == 0 for _, devices, _ in sketch.parts):
                 yield Sketch(size, sketch.parts)
 
     @staticmethod

@@ -228,8 +228,7 @@ class StageTable:
         good = (self.seconds[:, stage] <= limit) & (self.max_depth[:, stage] >= depth)
         return self.pricing.variants[int(np.argmax(good))]
 
-    @cached_property
-    def is_free(self) -> bool:
-        """Whether memory stops none of them at any depth, without recomputation."""
+    def is_free(self, deepest: int) -> bool:
+        """Whether memory stops none of them up to a depth, without recomputation."""
         rows = [v for v, variant in enumerate(self.pricing.variants) if not variant.recompute]
-        return bool((self.max_depth[rows] >= FAR).all())
+        return bool((self.max_depth[rows] >= deepest).all())

@@ -6,39 +6,54 @@ the stage that makes most of it, with transfers as over the slowest link, and th
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxpar.plan.cluster import ClusterSpec
 from jaxpar.plan.down_sets import members_of
 from jaxpar.plan.op_graph import OpGraph
+from jaxpar.plan.planners.base import Stage
 from jaxpar.plan.planners.chain_stages import Variant
-from jaxpar.plan.predict import stage_seconds
 from jaxpar.schedule.costs import Link
 
-Part = tuple[int, Variant]  # operators, as bits, and how they are run
+Part = tuple[int, int, bool]  # operators, as bits; devices; whether it recomputes
 
 
-@dataclass(frozen=True)
-class Sketch:
-    """A plan without devices and timetable: `parts` are sorted, so that equal plans are equal."""
+class Sketch(NamedTuple):
+    """A plan without devices and timetable: `parts` are sorted, so that equal plans are equal.
+
+    A tuple and not a dataclass, as searches keep tens of thousands of them in a dictionary.
+    """
 
     microbatch: int
     parts: tuple[Part, ...]
 
     @classmethod
-    def of(cls, microbatch: int, parts: Iterator[Part] | tuple[Part, ...] | list[Part]) -> "Sketch":
+    def of(cls, microbatch: int, parts: Iterable[Part]) -> "Sketch":
         """With its parts sorted."""
-        return cls(microbatch, tuple(sorted(parts, key=lambda part: part[0] & -part[0])))
+        return cls(microbatch, tuple(sorted(parts, key=_first_bit)))
+
+    @classmethod
+    def of_stages(cls, microbatch: int, stages: Iterable[Stage]) -> "Sketch":
+        """From what a search gives."""
+        return cls.of(microbatch, [(sum(1 << op for op in ops), way.devices, way.recompute) for ops, way in stages])
+
+    def stages(self) -> list[Stage]:
+        """As a search gives them."""
+        return [(members_of(members), Variant(devices, recompute)) for members, devices, recompute in self.parts]
 
     @property
     def devices(self) -> int:
         """How many it uses."""
-        return sum(variant.devices for _, variant in self.parts)
+        return sum(devices for _, devices, _ in self.parts)
 
 
-@dataclass(frozen=True)
-class Cost:
+def _first_bit(part: Part) -> int:
+    return part[0] & -part[0]
+
+
+class Cost(NamedTuple):
     """Of one stage: seconds of F and B of a micro-batch and after the last; how many micro-batches fit into memory."""
 
     forward: float
@@ -60,39 +75,46 @@ class StepModel:
     cluster: ClusterSpec
     batch_size: int
     num_devices: int
-    _costs: dict[tuple[int, int, Variant], Cost] = field(default_factory=dict)
+    _costs: dict[tuple[int, Part], Cost] = field(default_factory=dict)
+    _reductions: dict[int, tuple[float, float]] = field(default_factory=dict)
     _sent: dict[tuple[int, int], float] = field(default_factory=dict)
     _readers: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.link = self.cluster.link(0, self.num_devices - 1) if self.num_devices > 1 else Link()
         self.successors = [sum(1 << t for t in targets) for targets in self.graph.successors]
+        self.slowdown = self.cluster.slowdown(range(self.cluster.num_devices), self.graph.device)
         self.memory = min(device.memory_bytes for device in self.cluster.devices)
         self.bandwidth = min(device.memory_bandwidth for device in self.cluster.devices)
 
     def cost(self, microbatch: int, part: Part) -> Cost:
         """Of one stage."""
-        key = (microbatch, *part)
+        key = microbatch, part
         if key not in self._costs:
             self._costs[key] = self._price(microbatch, *part)
         return self._costs[key]
 
-    def _price(self, microbatch: int, members: int, variant: Variant) -> Cost:
-        graph, ops, ids = self.graph, list(members_of(members)), range(variant.devices)
-        forward, for_inputs, for_weights = stage_seconds(graph, self.cluster, ops, ids, microbatch, variant.recompute)
-        slower = self.cluster.slowdown(range(self.cluster.num_devices), graph.device) / self.cluster.slowdown(
-            ids, graph.device
-        )
+    def _price(self, microbatch: int, members: int, devices: int, recompute: bool) -> Cost:
+        graph, ops, rows = self.graph, list(members_of(members)), microbatch / devices
+        forward = self.slowdown * float(graph.forward_seconds(rows)[ops].sum())
+        backward = self.slowdown * float(graph.backward_seconds(rows)[ops].sum()) + recompute * forward
         state, gradient = float(graph.state_bytes[ops].sum()), float(graph.gradient_bytes[ops].sum())
         after = 0.0
         if graph.has_backward:
-            after = self.cluster.all_reduce_seconds(ids, gradient) + (2 * state + gradient) / self.bandwidth
-        rows = microbatch / variant.devices
+            fixed, slope = self._reduction(devices)
+            after = fixed + slope * gradient + (2 * state + gradient) / self.bandwidth
         room, kept = self.memory - state - gradient, float(graph.residual_bytes[ops].sum()) * rows
-        if variant.recompute:
+        if recompute:
             room, kept = room - kept, self._received(members) * rows
         fit = -1.0 if room < 0 else math.inf if not kept else room * (1 + 1e-12) / kept
-        return Cost(forward * slower, (for_inputs + for_weights) * slower, after, fit)
+        return Cost(forward, backward, after, fit)
+
+    def _reduction(self, devices: int) -> tuple[float, float]:
+        """Seconds of an all-reduce of neighbouring devices, and seconds per byte."""
+        if devices not in self._reductions:
+            fixed, unit = (self.cluster.all_reduce_seconds(range(devices), size) for size in (0.0, 2.0**30))
+            self._reductions[devices] = fixed, (unit - fixed) / 2.0**30
+        return self._reductions[devices]
 
     def _received(self, members: int) -> float:
         largest: dict[int, float] = {}
@@ -129,8 +151,8 @@ class StepModel:
             return math.inf
         count = self.batch_size // b
         costs = [self.cost(b, part) for part in parts]
-        readers = [self.readers(members) & ~members for members, _ in parts]
-        feeds = [[t for t, (other, _) in enumerate(parts) if read & other] for read in readers]
+        readers = [self.readers(part[0]) & ~part[0] for part in parts]
+        feeds = [[t for t, part in enumerate(parts) if read & part[0]] for read in readers]
         order = _sort(feeds)
         if order is None:
             return math.inf
@@ -139,10 +161,8 @@ class StepModel:
         busiest = 0.0
         for s in order:
             for t in feeds[s]:
-                members, variant = parts[s]
-                other, way = parts[t]
-                width = min(variant.devices, way.devices)
-                occupancy = self.sent(members, other) * b / (self.link.bandwidth * width)
+                width = min(parts[s][1], parts[t][1])
+                occupancy = self.sent(parts[s][0], parts[t][0]) * b / (self.link.bandwidth * width)
                 seconds = occupancy + self.link.latency
                 busiest = max(busiest, count * occupancy)
                 head[t] = max(head[t], head[s] + costs[s].forward + seconds)

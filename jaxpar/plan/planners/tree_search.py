@@ -66,6 +66,10 @@ class TreeSearch:
             self._tables[block.key] = self.pricing.price(self._sets(block))
         return self._tables[block.key]
 
+    def is_free(self, block: Block) -> bool:
+        """Whether memory stops no stage of a block at any depth looked at."""
+        return self.table(block).is_free(self.deepest)
+
     def _sets(self, block: Block) -> StageSets:
         if block.form == "leaf":
             return StageSets.of(self.shapes.graph, [block.ops])
@@ -90,7 +94,7 @@ class TreeSolution:
     def _matrix(self, block: Block) -> Counts:
         """`int[size, size]`, see the module."""
         if block.key not in self._matrices:
-            free = self.search.table(block).is_free
+            free = self.search.is_free(block)
             rows = self._solve_rows(block, 1 if free else self.size)
             self._matrices[block.key] = _shift_down(rows[0], self.size) if free else rows
         return self._matrices[block.key]
@@ -176,7 +180,7 @@ class TreeSolution:
 
     def _read(self, block: Block, k: int, e: int) -> Iterator[Stage]:
         """The stages of one block at `[k, e]`."""
-        if block is not self.shapes.tree and self.search.table(block).is_free:
+        if block is not self.shapes.tree and self.search.is_free(block):
             k, e = 0, e - k
         if block.form == "leaf":
             yield block.ops, self._choose(block, 0, k + 1)
@@ -261,10 +265,7 @@ class TreeSolution:
 
 def _multiply(left: Counts, right: Counts) -> Counts:
     """The product over (min, +) of `int[rows, size]` and `int[size, size]`."""
-    found = left[:, :1] + right[0]
-    for d in range(1, right.shape[0]):
-        np.minimum(found, left[:, d : d + 1] + right[d], out=found)
-    return np.minimum(found, FAR, out=found)
+    return np.minimum((left[:, :, None] + right).min(axis=1), FAR)
 
 
 def _shift_down(row: Counts, size: int) -> Counts:
