@@ -1,9 +1,9 @@
 """A graph of few blocks from one of many operators, so that planners stay fast.
 
 Blocks are convex, and no two of them feed each other, so every plan of the blocks is one of the operators. An operator
-joins the block of all its inputs, up to a weight that is the same everywhere: equal branches are cut alike. What is then
-still too many is merged where that can't close a cycle: an operator with the only one that reads it, and neighbours of
-one level, which no path joins.
+joins the block of all its inputs, up to a weight that is the same everywhere: equal branches are cut alike. If there
+are still too many, blocks are merged where that can't close a cycle: with the only one that reads them, and with
+neighbours of their level, which no path joins to them.
 """
 
 import math
@@ -186,7 +186,9 @@ def _sum_ops(ops: Sequence[Op]) -> Op:
     total = lambda what: math.fsum(getattr(op, what) for op in ops)
     return Op(
         f"{ops[0].name} .. {ops[-1].name}",
-        *(TimeCurve.sum(getattr(op, c) for op in ops) for c in ("forward", "input_backward", "weight_backward")),
+        forward=TimeCurve.sum(op.forward for op in ops),
+        input_backward=TimeCurve.sum(op.input_backward for op in ops),
+        weight_backward=TimeCurve.sum(op.weight_backward for op in ops),
         parameter_bytes=total("parameter_bytes"),
         state_bytes=total("state_bytes"),
         gradient_bytes=total("gradient_bytes"),

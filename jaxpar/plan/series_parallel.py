@@ -10,7 +10,9 @@ orders are the series-parallel ones (Valdes, Tarjan and Lawler 1982, "The recogn
 J. Comput. 11). What is neither is made a series by cutting it where fewest pairs of operators get an order that they
 don't have: each plan of the tree is then one of the graph, since the tree only waits for more.
 
-Blocks that are equal but for their operators' names have the same `key`, so that what is computed for one holds for all.
+Blocks that are equal but for their operators' names have the same `key`, so that what is computed for one holds for
+all: a key stands for the operators' costs and the bytes that each sends, and for the tree. It doesn't say which
+operators an edge joins that skips over parts of a series, so that transfers may be counted as another block's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -89,11 +91,12 @@ class BlockFactory:
 
 
 def decompose(graph: OpGraph) -> tuple[Block, BlockFactory, bool]:
-    """The tree of a graph, what makes more blocks like its own, and whether it is the graph's own order, not a completion.
+    """The tree of a graph, what makes more blocks like its own, and whether it has the graph's own order.
 
     >>> from jaxpar.plan.op_graph import Op
     >>> ops = [Op("in", 1.0), *(Op(f"{side}{i}", 1.0) for side in "ab" for i in (0, 1)), Op("out", 1.0)]
-    >>> graph = OpGraph.build(ops, [("in", "a0"), ("a0", "a1"), ("in", "b0"), ("b0", "b1"), ("a1", "out"), ("b1", "out")])
+    >>> pairs = "in a0", "a0 a1", "in b0", "b0 b1", "a1 out", "b1 out"
+    >>> graph = OpGraph.build(ops, [tuple(pair.split()) for pair in pairs])
     >>> tree, _, faithful = decompose(graph)
     >>> tree.form, [part.form for part in tree.parts], faithful
     ('series', ['leaf', 'parallel', 'leaf'], True)
@@ -178,7 +181,7 @@ class _Splitter:
         return parts
 
     def _complete(self, ops: Sequence[int]) -> list[list[int]]:
-        """Cut in two at a level, or before or after one operator, where the added order is least for the parts' sizes."""
+        """Cut in two at a level, or before or after one operator, where the added order is least for its size."""
         best: tuple[float, int] | None = None
         for first in self._candidates(ops):
             size = first.bit_count()

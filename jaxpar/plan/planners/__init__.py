@@ -45,8 +45,8 @@ def plan(
       planner: one of `PLANNERS`, or a function called like them.
       use_all: whether it is an error to use fewer devices than there are (or than `num_devices` says).
       **options: for all planners `microbatches` (sizes to try; None for the powers of two that divide the batch),
-        `replicas` ("powers_of_two" or "any"), `num_devices` (how many may be used; None for all) and `progress` (whether
-        to tell what is being done); and each one's own.
+        `replicas` ("powers_of_two" or "any"), `num_devices` (how many may be used; None for all) and `progress`
+        (whether to tell what is being done); and each one's own.
 
     Returns:
       A plan that passes its `check`; its `notes` say so if it leaves devices over.

@@ -1,10 +1,10 @@
 """The fastest plan that any planner finds, judged by the simulated step, and improved; it may be not to pipeline.
 
-The candidates are GraphPipe's plans, for each micro-batch size those with the least bottleneck and those with less depth
-for a bottleneck a little worse, which fill and drain faster; PipeDream's and Piper's; one replicated stage; several
-stages on each device. What GraphPipe lacks is found by `local_search` from the best of them: stages that hold pieces of
-several branches, recomputation stage by stage, uneven replica counts. All are judged by one measure, so that the result
-is never slower than any of them by it.
+The candidates are GraphPipe's plans, for each micro-batch size those with the least bottleneck and those with less
+depth for a bottleneck a little worse, which fill and drain faster; PipeDream's and Piper's; one replicated stage;
+several stages on each device. What GraphPipe lacks is found by `local_search` from the best of them: stages that hold
+pieces of several branches, recomputation stage by stage, uneven replica counts. All are judged by one measure, so that
+the result is never slower than any of them by it.
 """
 
 import logging
@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from jaxpar.errors import PlanError
-from jaxpar.plan.cluster import ClusterSpec
+from jaxpar.plan.cluster import ClusterSpec, LinkMatrix
 from jaxpar.plan.coarsen import Coarsening, coarsen
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.pipeline import PipelinePlan, PlannedStage
@@ -22,7 +23,7 @@ from jaxpar.plan.planners.base import make_plan
 from jaxpar.plan.planners.bisection import bisect_bottleneck
 from jaxpar.plan.planners.chain_stages import Variant
 from jaxpar.plan.planners.data_parallel import list_replicated
-from jaxpar.plan.planners.graphpipe import MAX_BLOCKS, MAX_DEPTH, SearchSpace
+from jaxpar.plan.planners.graphpipe import MAX_BLOCKS, MAX_DEPTH, SearchSpace, graphpipe
 from jaxpar.plan.planners.interleave import list_interleaved
 from jaxpar.plan.planners.judge import Judge, ScheduleChoice, choose_schedules
 from jaxpar.plan.planners.local_search import Moves, improve
@@ -95,7 +96,9 @@ def auto(
     sizes = list_microbatches(batch_size, microbatches)
     coarse = coarsen(graph, max_blocks)
     judge = Judge(mode, tuple(schedules or choose_schedules(graph)))
-    hunt = _Hunt(coarse.graph, cluster, batch_size, sizes, replicas, count, recompute and graph.has_backward, effort, judge)
+    hunt = _Hunt(
+        coarse.graph, cluster, batch_size, sizes, replicas, count, recompute and graph.has_backward, effort, judge
+    )
     for name, step in hunt.steps():
         step()
         if progress:
@@ -143,13 +146,20 @@ class _Hunt:
 
     def try_replicated(self) -> None:
         plans = list_replicated(
-            self.graph, self.cluster, self.batch_size, self.sizes, self.replicas, self.num_devices, recompute=self.recompute
+            self.graph,
+            self.cluster,
+            self.batch_size,
+            self.sizes,
+            self.replicas,
+            self.num_devices,
+            recompute=self.recompute,
         )
         self.judge.consider("no pipeline", plans)
         self._note(plans)
 
     def try_graphpipe(self) -> None:
         """Those sizes first that do least work; those that can't be faster than the best plan not at all."""
+        self._try_bottleneck()
         space = SearchSpace(self.graph, min(self.num_devices, MAX_DEPTH))
         pricings = [
             Pricing.make(
@@ -171,21 +181,37 @@ class _Hunt:
             found = dict[Sketch, float]()
             for search in space.searches(pricing, quick=True):
                 best = bisect_bottleneck(search, self.judge.seconds / self.batch_size, _PRECISION)
-                for slack in SLACKS if best else ():
-                    if stages := search.solve(best.seconds * slack * (1 + 1e-9)):
+                limits = [best.seconds * slack * (1 + 1e-9) for slack in SLACKS] if best else []
+                for limit in limits:
+                    if stages := search.solve(limit):
                         sketch = Sketch.of_stages(pricing.microbatch, stages)
                         found[sketch] = self.model.estimate(sketch)
             self._judge("graphpipe", found, 6)
 
+    def _try_bottleneck(self) -> None:
+        """The plan of GraphPipe itself, for the bottleneck of computation and transfers alone."""
+        common: dict[str, Any] = {"microbatches": self.sizes, "replicas": self.replicas, "recompute": self.recompute}
+        try:
+            plan = graphpipe(self.graph, self.cluster, self.batch_size, num_devices=self.num_devices, **common)
+        except PlanError:
+            return  # nothing fits; the others will find the same
+        self.judge.consider("graphpipe", [replace(plan, notes=())])
+        self._note([plan])
+
     def try_chains(self) -> None:
         """PipeDream's plans and Piper's, as they are and with their stages as a graph."""
-        common = {"microbatches": self.sizes, "replicas": self.replicas, "num_devices": self.num_devices}
-        for name, planner, limits in (("pipedream", pipedream, {}), ("piper", piper, {"max_down_sets": _PIPER_DOWN_SETS})):
+        graph, cluster, batch_size = self.graph, self.cluster, self.batch_size
+        common: dict[str, Any] = {"microbatches": self.sizes, "replicas": self.replicas, "mode": self.judge.mode}
+        common["num_devices"] = self.num_devices
+        for_piper = common | {"max_down_sets": _PIPER_DOWN_SETS, "recompute": self.recompute}
+        for name, search in (
+            ("pipedream", lambda: pipedream(graph, cluster, batch_size, **common)),
+            ("piper", lambda: piper(graph, cluster, batch_size, **for_piper)),
+        ):
             try:
-                plan = planner(self.graph, self.cluster, self.batch_size, mode=self.judge.mode, **common, **limits)
+                plan = search()
             except PlanError:  # it has too many down-sets, or memory for none of its chains
                 continue
-            plan = replace(plan, notes=())
             self.judge.consider(name, [plan], as_is=True)
             self.judge.consider(name, [plan])
             self.judge.consider(f"{name}'s stages as a graph", [replace(plan, chain=False)])
@@ -244,8 +270,8 @@ class _Hunt:
 
     def _make_plans(self, sketch: Sketch) -> Iterator[PipelinePlan]:
         """With devices in order, and where links differ also with large stages within nodes."""
-        levels = getattr(self.cluster, "links", ())
-        for aligned in (False,) if isinstance(levels, tuple) and len(levels) < 2 else (False, True):
-            yield make_plan(
-                self.graph, self.cluster, sketch.stages(), sketch.microbatch, self.batch_size // sketch.microbatch, aligned=aligned
-            )
+        count = self.batch_size // sketch.microbatch
+        links = self.cluster.links
+        for aligned in (False,) if not isinstance(links, LinkMatrix) and len(links) < 2 else (False, True):
+            stages = sketch.stages()
+            yield make_plan(self.graph, self.cluster, stages, sketch.microbatch, count, aligned=aligned)

@@ -1,8 +1,8 @@
 """What all planners have in common: how they are called, and how sets of operators become a plan on devices."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jaxpar.errors import PlanError
 from jaxpar.plan.cluster import ClusterSpec
@@ -13,10 +13,8 @@ from jaxpar.plan.planners.chain_stages import Variant
 Stage = tuple[tuple[int, ...], Variant]  # operators, and how they are run
 
 
-class Planner(Protocol):
-    """From a program and a machine to a plan; options are keywords, those of `planners.plan` and its own."""
-
-    def __call__(self, graph: OpGraph, cluster: ClusterSpec, batch_size: int, **options: Any) -> PipelinePlan: ...
+Planner = Callable[..., PipelinePlan]
+"""`(graph, cluster, batch_size, **options) -> PipelinePlan`; options are keywords, those of `plan` and its own."""
 
 
 def order_stages(graph: OpGraph, stages: Sequence[Stage]) -> tuple[Stage, ...]:

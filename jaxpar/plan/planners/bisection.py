@@ -18,7 +18,7 @@ class StageSearch(Protocol):
     pricing: Pricing
 
     def solve(self, limit: float, deepest: int | None = None) -> Sequence[Stage] | None:
-        """Stages of at most `limit` seconds a micro-batch, at most `deepest` of them in a row; None if there are none."""
+        """Stages of at most `limit` seconds a micro-batch, at most `deepest` in a row; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def measure(pricing: Pricing, stages: Sequence[Stage]) -> Found:
     return Found(pricing, tuple(stages), float(table.seconds[rows, np.arange(len(stages))].max()))
 
 
-def bisect_bottleneck(
-    search: StageSearch, below: float = float("inf"), precision: float = PRECISION
-) -> Found | None:
+def bisect_bottleneck(search: StageSearch, below: float = float("inf"), precision: float = PRECISION) -> Found | None:
     """The stages with the least bottleneck, to within `precision`; None if there are none below `below`.
 
     Args:

@@ -1,7 +1,7 @@
 """No pipeline at all: one stage that holds the whole program, replicated.
 
-What every pipeline has to beat: nothing fills or drains and nothing travels between stages, but each device holds all of
-the state, and all gradients are reduced over all devices.
+What every pipeline has to beat: nothing fills or drains and nothing travels between stages, but each device holds all
+of the state, and all gradients are reduced over all devices.
 """
 
 import time

@@ -26,7 +26,6 @@ from jaxpar.plan.planners.chain_stages import Variant
 from jaxpar.plan.planners.stage_prices import FAR, Counts, Pricing, StageSets, StageTable
 
 
-
 @dataclass(frozen=True)
 class Frontiers:
     """A family of down-sets and the pairs of them, one within the other.
@@ -180,7 +179,9 @@ class FrontierSearch:
             cut = int(self.frontiers.pairs[pair, 1])
         return stages
 
-    def _search_labels(self, limit: float, deepest: int, useful: NDArray[np.bool_], before: Counts) -> list[Stage] | None:
+    def _search_labels(
+        self, limit: float, deepest: int, useful: NDArray[np.bool_], before: Counts
+    ) -> list[Stage] | None:
         fewest = self.table.fewest_devices(limit, deepest)
         kept: list[list[Label]] = [[] for _ in self.frontiers.cuts]
         kept[-1] = [Label(0, (), len(kept) - 1)]

@@ -2,8 +2,8 @@
 
 Jeon et al. 2025, GraphPipe: Improving Performance and Scalability of DNN Training with Graph Pipeline Parallelism,
 https://arxiv.org/abs/2406.17145. For each micro-batch size a bisection on the seconds per example of the slowest stage,
-each step of which asks for the fewest devices (see `tree_search`). Micro-batch sizes that can't beat the best one so far
-cost one step.
+each step of which asks for the fewest devices (see `tree_search`). Micro-batch sizes that can't beat the best one so
+far cost one step.
 
 Beyond the paper: stages may hold pieces of several branches; and where a graph has few down-sets, all of them are
 searched (see `frontier_search`), which is exact whatever the graph's form. Graphs that aren't series-parallel and are

@@ -1,7 +1,7 @@
 """Plans with several stages on each device, as interleaved 1F1B and its kin have it: less to fill and drain.
 
-The stages are intervals of one order of the operators, even in their seconds, all with the same number of replicas; stage
-s is on rank s % R (or down the ranks and up again, for the schedules of that form). Narayanan et al. 2021,
+The stages are intervals of one order of the operators, even in their seconds, all with the same number of replicas;
+stage s is on rank s % R (or down the ranks and up again, for the schedules of that form). Narayanan et al. 2021,
 https://arxiv.org/abs/2104.04473, section 2.2.
 """
 

@@ -19,7 +19,7 @@ _SHORTER = 1 - 1e-9  # less than this share of another is less, and not by round
 
 
 def choose_schedules(graph: OpGraph) -> tuple[ScheduleChoice, ...]:
-    """Those that may be the best for some plan: textbook memory, slack for lockstep, and split backwards if there are."""
+    """Those that may be the best for some plan: textbook memory, slack for lockstep, split backwards if there are."""
     choices: list[ScheduleChoice] = [TEXTBOOK, ("1f1b", {}), ("eager_1f1b", {})]
     if any(op.weight_backward for op in graph.ops):
         choices.append(("zb_h1", {}))
@@ -39,6 +39,7 @@ class Judge:
     schedules: Sequence[ScheduleChoice]
     best: PipelinePlan | None = None
     seconds: float = math.inf
+    kind: str = ""  # of the best
     by_kind: dict[str, tuple[float, PipelinePlan]] = field(default_factory=dict)
     simulated: int = 0
 
@@ -59,7 +60,8 @@ class Judge:
             if not self._is_promising(kind, bound):
                 break
             results[n] = min(self._simulate(kind, plan), results.get(n, math.inf))
-        slow = sorted(((results.get(n, bound), bound, n, plan) for bound, n, plan in bounds if plan.schedule not in _QUICK), key=lambda e: e[:3])
+        slow = [(results.get(n, bound), bound, n, plan) for bound, n, plan in bounds if plan.schedule not in _QUICK]
+        slow.sort(key=lambda e: e[:3])
         for _, bound, _, plan in slow[:_SLOW_TRIED]:
             if self._is_promising(kind, bound):
                 self._simulate(kind, plan)
@@ -91,5 +93,5 @@ class Judge:
         except (PlanError, ScheduleError):
             return math.inf  # it doesn't fit into memory with this timetable
         if seconds < self.seconds * _SHORTER:
-            self.best, self.seconds = plan, seconds
+            self.best, self.seconds, self.kind = plan, seconds, kind
         return seconds

@@ -83,12 +83,12 @@ class Moves:
 
     def _move_operators(self, sketch: Sketch) -> Iterator[Sketch]:
         parts = sketch.parts
-        for s, (members, *way) in enumerate(parts):
+        for s, (members, devices, recompute) in enumerate(parts):
             for piece in self._pieces(members):
-                near = self._near(piece)
-                for t, (other, *how) in enumerate(parts):
+                near, rest = self._near(piece), (members & ~piece, devices, recompute)
+                for t, (other, theirs, again) in enumerate(parts):
                     if t != s and (other & near or len(parts) <= 6):
-                        yield self._replace(sketch, {s: (members & ~piece, *way), t: (other | piece, *how)})
+                        yield self._replace(sketch, {s: rest, t: (other | piece, theirs, again)})
 
     def _near(self, piece: int) -> int:
         found = 0

@@ -43,13 +43,15 @@ def explain_misfit(
         if (fixed > memory).any():
             ways.append("finer operators, or sharding their state over a model axis")
     else:
-        whole = float(fixed.sum())
+        whole, together = float(fixed.sum()), memory * num_devices
+        kept = float(graph.residual_bytes.sum()) * sizes[0]
         lines.append(
-            f"state and gradients of all operators are {format_bytes(whole)} of the {format_bytes(memory * num_devices)} "
-            f"that the devices have together"
-            + (f", {format_bytes(whole - memory * num_devices)} too much" if whole > memory * num_devices else "")
-            + f"; the residuals of one micro-batch of {sizes[0]} are {format_bytes(float(graph.residual_bytes.sum()) * sizes[0])}"
-            f", and a stage keeps as many of them as there are stages from it to the last"
+            f"state and gradients of all operators are {format_bytes(whole)} of the {format_bytes(together)} that the "
+            "devices have together" + (f", {format_bytes(whole - together)} too much" if whole > together else "")
+        )
+        lines.append(
+            f"the residuals of a micro-batch of {sizes[0]} are {format_bytes(kept)}, and a stage keeps its part of as "
+            "many of them as there are stages from it to the last"
         )
         if cluster.num_devices == num_devices:
             ways.append(f"more devices (at least {int(-(-whole // memory))} for the state alone)")

@@ -8,11 +8,11 @@ def explain_choice(judge: Judge, num_devices: int) -> tuple[str, ...]:
     """What the best plan was compared with; whether to pipeline at all, and why not; how many devices are left over."""
     best = judge.best
     assert best is not None
-    others = sorted((seconds, kind) for kind, (seconds, _) in judge.by_kind.items())
-    winner = next(kind for _, kind in others)
-    compared = ", ".join(f"{kind} {seconds:.4g} s ({seconds / judge.seconds:.2f}x)" for seconds, kind in others[1:])
+    others = sorted((seconds, kind) for kind, (seconds, _) in judge.by_kind.items() if kind != judge.kind)
+    compared = ", ".join(f"{kind} {seconds:.4g} s ({seconds / judge.seconds:.2f}x)" for seconds, kind in others)
     notes = [
-        f"chosen: {winner}, {judge.seconds:.4g} s a step ({judge.mode} simulation)" + (f"; {compared}" if compared else "")
+        f"chosen: {judge.kind}, {judge.seconds:.4g} s a step ({judge.mode} simulation); "
+        + (f"beside it: {compared}" if compared else "nothing else fits into memory")
     ]
     if len(best.stages) == 1:
         notes.append(_explain_no_pipeline(judge))
@@ -27,9 +27,11 @@ def _explain_no_pipeline(judge: Judge) -> str:
     if not pipelines:
         return "don't pipeline: no plan of several stages was found to be worth a simulation"
     seconds, plan = min(pipelines, key=lambda entry: entry[0])
-    forecast = predict(plan, judge.mode)
+    assert judge.best is not None
+    bubbles = predict(plan, judge.mode).bubble_fraction
+    reduction = predict(judge.best, judge.mode).reduce_seconds
     return (
-        f"don't pipeline: the fastest pipeline found, {len(plan.stages)} stages, takes {seconds / judge.seconds:.2f} times "
-        f"as long, {forecast.bubble_fraction:.0%} of it in bubbles; one stage has no bubble, and its replicas reduce "
-        f"their gradients in {predict(judge.best, judge.mode).reduce_seconds:.3g} s"  # type: ignore[arg-type]
+        f"don't pipeline: the fastest pipeline found, {len(plan.stages)} stages, takes {seconds / judge.seconds:.2f} "
+        f"times as long, {bubbles:.0%} of it in bubbles; one stage has none, and its replicas reduce their gradients "
+        f"in {reduction:.3g} s"
     )

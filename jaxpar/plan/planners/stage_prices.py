@@ -214,7 +214,7 @@ class StageTable:
     max_depth: Counts
 
     def fewest_devices(self, limit: float, deepest: int) -> Counts:
-        """`int[S, deepest + 1]`: for each depth, the fewest devices that take no longer than `limit`; `FAR` if none do."""
+        """`int[S, deepest + 1]`: for each depth, the fewest devices that take at most `limit`; `FAR` if none do."""
         found = np.full((self.seconds.shape[1], deepest + 1), FAR, dtype=np.int32)
         depths = np.arange(deepest + 1)
         for v in reversed(range(len(self.pricing.variants))):

@@ -1,8 +1,8 @@
 """A quick estimate of a step's seconds from stages alone, for searches that look at tens of thousands of plans.
 
 Of `jaxpar.plan.predict.estimate_step` it is the part that needs no timetable and no device ids: fill, work and drain of
-the stage that makes most of it, with transfers as over the slowest link, and the reduction and update. Memory is that of
-1F1B with as many micro-batches in flight as the depth.
+the stage that makes most of it, with transfers as over the slowest link, and the reduction and update. Memory is that
+of 1F1B with as many micro-batches in flight as the depth.
 """
 
 import math
@@ -145,7 +145,7 @@ class StepModel:
         return self._sent[key]
 
     def estimate(self, sketch: Sketch) -> float:
-        """Seconds of a step; infinite if the stages form a cycle, or there are too many devices or too little memory."""
+        """Seconds of a step; infinite for stages in a cycle, too many devices, or too little memory."""
         parts, b = sketch.parts, sketch.microbatch
         if sketch.devices > self.num_devices:
             return math.inf

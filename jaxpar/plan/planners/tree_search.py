@@ -31,7 +31,6 @@ from jaxpar.plan.planners.tree_shapes import TreeShapes, join_ops
 from jaxpar.plan.series_parallel import Block
 
 
-
 @dataclass
 class TreeSearch:
     """The programme for one micro-batch size.
@@ -195,11 +194,8 @@ class TreeSolution:
     def _read_series(self, block: Block, k: int, e: int) -> Iterator[Stage]:
         steps, first = self._steps[block.key], 0
         while first < len(block.parts):
-            for stages, first, e in self._list_ways(block, steps, first, k, e):
-                yield from stages
-                break
-            else:
-                raise AssertionError("a step of the programme that nothing leads to")
+            stages, first, e = next(self._list_ways(block, steps, first, k, e))
+            yield from stages
 
     def _list_ways(
         self, block: Block, steps: Counts, first: int, k: int, e: int
@@ -226,7 +222,9 @@ class TreeSolution:
                     back = _multiply(steps[p + 1, k : k + 1], self._matrix(cut.back))[0]
                     if back[e - 1] + devices[row, e] == value:
                         stage = (*join_ops(parts[first:p]), *cut.front.ops), self._choose(block, row, e)
-                        d = next(d for d in range(e) if steps[p + 1, k, d] + self._matrix(cut.back)[d, e - 1] == back[e - 1])
+                        d = next(
+                            d for d in range(e) if steps[p + 1, k, d] + self._matrix(cut.back)[d, e - 1] == back[e - 1]
+                        )
                         yield [stage, *self._read(cut.back, d, e - 1)], p + 1, d
 
     def _list_tails(
@@ -246,10 +244,11 @@ class TreeSolution:
         devices, end = self._stages[block.key], len(block.parts)
         while end:
             value, last = steps[end, k, e], end - 1
-            alone = [i for i in range(len(shape.rows[last])) if steps[i, k, e] + devices[shape.rows[last][i], k + 1] == value]
+            rows = shape.rows[last]
+            alone = [i for i, row in enumerate(rows) if steps[i, k, e] + devices[row, k + 1] == value]
             joint = [q for q in self._lockstep_sizes(block, last) if self._is_lockstep(block, steps, end, q, k, e)]
             if alone:
-                yield join_ops(block.parts[alone[0] : end]), self._choose(block, shape.rows[last][alone[0]], k + 1)
+                yield join_ops(block.parts[alone[0] : end]), self._choose(block, rows[alone[0]], k + 1)
                 end = alone[0]
             elif joint:
                 yield from self._read(self.shapes.factory.lockstep(block.parts[end - joint[-1] : end]), k, e)

@@ -1,8 +1,8 @@
 """What stages the blocks of a series-parallel tree may be made of, beside those of their parts.
 
 In a series, each run of its parts; side by side, several whole branches, neighbours in the order in which the tree has
-them, so that equal ones are together; and where branches meet (or part), their ends (or heads) with what comes after (or
-before) them.
+them, so that equal ones are together; and where branches meet (or part), their ends (or heads) with what comes after
+(or before) them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -100,7 +100,7 @@ class TreeShapes:
         """All branches cut so many steps from their ends or heads; some branches as a whole on either side."""
         if block.form != "parallel" or not self.wide:
             return
-        seen = set()
+        seen: set[tuple[int, int]] = set()
         for front, back in self._divide(block):
             if front and back:
                 cut = Cut(self.factory.parallel(front), self.factory.parallel(back))
