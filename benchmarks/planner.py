@@ -7,13 +7,15 @@
     python -m benchmarks.planner --random 100          # against the exact planner, on random graphs
 
 Models and times are those of `benchmarks.planner_models`; the cluster has nodes of 4 V100s (16 GB) joined by NVLink,
-and 100 Gb/s between nodes. Every planner has the same costs, and each plan is the planner's best over all micro-batch sizes
-that are powers of two, by the same judge: the simulated step with transfers, gradient reduction and update, of ranks
+and 100 Gb/s between nodes. Every planner has the same costs, and each plan is the planner's best over all micro-batch
+sizes that are powers of two, by the same judge: the simulated step with transfers, gradient reduction and update, of ranks
 that run freely as in the literature ("free"), and of the executor's lockstep ("lockstep"), each with the best number of
-extra micro-batches in flight that fits. Examples per second.
+extra micro-batches in flight that fits. The planners that simulate are told by which of the two they are judged.
 
 "PipeDream" takes the least bottleneck for each micro-batch size, as the paper's does, and is what the ratios are to.
-"PipeDream, by step" judges chains with fewer stages too. The paper's mini-batches are in a table that its text form
+"PipeDream, by step" judges chains with fewer stages too. "auto"
+has all timetables and recomputation, "1F1B only" the papers' alone. "GraphPipe" is its plan of each micro-batch size, the fastest
+taken, and "one search" its own choice by the bottleneck. The paper's mini-batches are in a table that its text form
 lacks; for MMT it names 128 on 8 devices (section 7.3), which is the 16 a device here. For the others it says that they
 come close to the memory limit; 64 (DLRM) and 1,024 (CANDLE-Uno) a device are this file's choice, see `--batches`.
 """
@@ -39,7 +41,7 @@ from jaxpar.plan.planners.options import list_microbatches
 from jaxpar.schedule.simulate import Mode
 from jaxpar.text import format_table
 
-Plan = Callable[[OpGraph, ClusterSpec, int], PipelinePlan]
+Plan = Callable[[OpGraph, ClusterSpec, int, Mode], PipelinePlan]
 DEVICES = (4, 8, 16, 32)
 BATCH_PER_DEVICE = {"MMT": 16, "DLRM": 64, "CANDLE-Uno": 1024}
 PAPER = {  # GraphPipe's throughput over PipeDream's, figure 6
@@ -48,9 +50,10 @@ PAPER = {  # GraphPipe's throughput over PipeDream's, figure 6
     "CANDLE-Uno": (0.92, 1.23, 1.23, 1.24),
 }
 BASE, CHAIN = "PipeDream", "PipeDream, by step"
+NAMES: dict[Mode, str] = {"free": "free", "executor": "lockstep"}
 
 
-def sweep_graphpipe(graph: OpGraph, cluster: ClusterSpec, batch_size: int) -> PipelinePlan:
+def sweep_graphpipe(graph: OpGraph, cluster: ClusterSpec, batch_size: int, mode: Mode) -> PipelinePlan:
     """GraphPipe's plan of each micro-batch size, and of these the fastest, as the paper takes it."""
     plans = []
     for size in list_microbatches(batch_size):
@@ -60,23 +63,37 @@ def sweep_graphpipe(graph: OpGraph, cluster: ClusterSpec, batch_size: int) -> Pi
             continue  # doesn't fit
     if not plans:
         raise PlanError("no micro-batch size fits")
-    return min(plans, key=lambda plan: plan.predict("free").step_seconds)
+    return min(plans, key=lambda plan: plan.predict(mode).step_seconds)
+
+
+def plan_once(graph: OpGraph, cluster: ClusterSpec, batch_size: int, mode: Mode) -> PipelinePlan:
+    """GraphPipe's own choice among the micro-batch sizes, by the bottleneck."""
+    return PLANNERS["graphpipe"](graph, cluster, batch_size)
 
 
 def with_options(name: str, **options: Any) -> Plan:
-    """A planner of the registry with some options."""
-    return lambda graph, cluster, batch_size: PLANNERS[name](graph, cluster, batch_size, **options)
+    """A planner of the registry with some options, judging by a mode."""
+    return lambda graph, cluster, batch_size, mode: PLANNERS[name](graph, cluster, batch_size, mode=mode, **options)
 
 
+def plan_replicas(graph: OpGraph, cluster: ClusterSpec, batch_size: int, mode: Mode) -> PipelinePlan:
+    """One stage on all devices, which any mode judges alike."""
+    return PLANNERS["data_parallel"](graph, cluster, batch_size)
+
+
+ONLY_1F1B = [("1f1b", {"extra": 0}), ("1f1b", {})]
 COMPARED: dict[str, Plan] = {
     "auto": with_options("auto"),
+    "auto, 1F1B only": with_options("auto", schedules=ONLY_1F1B, recompute=False),
     "GraphPipe": sweep_graphpipe,
+    "GraphPipe, one search": plan_once,
     BASE: with_options("pipedream", select="bottleneck"),
     CHAIN: with_options("pipedream"),
     "PipeDream, antichains": with_options("pipedream", form="antichains", select="bottleneck"),
     "Piper": with_options("piper", select="bottleneck"),
-    "data parallel": with_options("data_parallel"),
+    "data parallel": plan_replicas,
 }
+EXPLODING = ("PipeDream, antichains", "Piper")  # searched once for both judges
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class Result:
     why_not: str = ""
 
 
-def run_limited(plan: Plan, graph: OpGraph, cluster: ClusterSpec, batch_size: int, limit: float) -> Result:
+def run_limited(plan: Plan, graph: OpGraph, cluster: ClusterSpec, batch_size: int, mode: Mode, limit: float) -> Result:
     """Run a planner in a process of its own, for so many seconds at most."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
@@ -96,7 +113,7 @@ def run_limited(plan: Plan, graph: OpGraph, cluster: ClusterSpec, batch_size: in
     def work() -> None:
         started = time.perf_counter()
         try:
-            found, why = plan(graph, cluster, batch_size), ""
+            found, why = plan(graph, cluster, batch_size, mode), ""
         except PlanError as error:
             found, why = None, _shorten(str(error))
         answers.put((time.perf_counter() - started, found and found.to_json(), why))
@@ -118,7 +135,7 @@ def _shorten(error: str) -> str:
         before, found, _ = error.partition(f" {mark}")
         if found:
             return f"gave up: {before.split()[-1]}+ {mark}" if mark == "down-sets" else f"gave up: {before} pairs"
-    return error.splitlines()[0]
+    return "does not fit" if "fits into" in error else error.splitlines()[0][:60]
 
 
 def judge(plan: PipelinePlan, mode: Mode) -> float:
@@ -136,36 +153,36 @@ def judge(plan: PipelinePlan, mode: Mode) -> float:
     return best
 
 
-def list_rows(
-    model: str, graph: OpGraph, devices: int, batch_size: int, planners: Sequence[str], limit: float
-) -> Iterator[tuple[str, ...]]:
-    """A row for each planner."""
-    cluster = ClusterSpec.preset("v100", devices)
-    results = {name: run_limited(COMPARED[name], graph, cluster, batch_size, limit) for name in planners}
-    free = {name: judge(r.plan, "free") for name, r in results.items() if r.plan}
-    lockstep = {name: judge(r.plan, "executor") for name, r in results.items() if r.plan}
-    paper = PAPER[model][DEVICES.index(devices)] if model in PAPER and devices in DEVICES else None
+@dataclass(frozen=True)
+class Case:
+    """What is planned for what."""
+
+    model: str
+    graph: OpGraph
+    devices: int
+    batch: int
+
+    @property
+    def paper(self) -> float | None:
+        """The paper's ratio for it."""
+        known = self.model in PAPER and self.devices in DEVICES
+        return PAPER[self.model][DEVICES.index(self.devices)] if known else None
+
+
+def list_rows(case: Case, results: dict[str, Result], mode: Mode) -> tuple[list[tuple[str, ...]], dict[str, float]]:
+    """A row for each planner, and the examples per second of those that found a plan."""
+    rates = {name: judge(result.plan, mode) for name, result in results.items() if result.plan}
+    rows = []
     for name, result in results.items():
-        head = (model, str(devices), str(batch_size), name, f"{result.seconds:.2f}")
-        if result.plan is None:
-            yield (*head, result.why_not, *[""] * 7)
-            continue
+        head = (case.model, str(case.devices), str(case.batch), name, f"{result.seconds:.2f}")
         plan = result.plan
-        ratios = (_ratio(rates, name, base) for rates, base in ((free, BASE), (lockstep, BASE), (free, CHAIN)))
-        yield (
-            *head,
-            describe_stages(plan),
-            str(max(plan.depth)),
-            f"{plan.microbatch} x {plan.num_microbatches}",
-            f"{free[name]:.4g}",
-            f"{lockstep[name]:.4g}",
-            *ratios,
-            f"{paper:.2f}" if paper and name in ("auto", "GraphPipe") else "",
-        )
-
-
-def _ratio(rates: dict[str, float], name: str, base: str) -> str:
-    return f"{rates[name] / rates[base]:.2f}" if base in rates else ""
+        cells: tuple[str, ...] = (result.why_not, *[""] * 5)
+        if plan is not None:
+            split = f"{plan.microbatch} x {plan.num_microbatches}"
+            ratios = (f"{rates[name] / rates[base]:.2f}" if base in rates else "" for base in (BASE, CHAIN))
+            cells = (describe_stages(plan), str(max(plan.depth)), split, f"{rates[name]:.4g}", *ratios)
+        rows.append((*head, *cells))
+    return rows, rates
 
 
 HEAD = (
@@ -177,12 +194,9 @@ HEAD = (
     "stages x replicas",
     "depth",
     "b x M",
-    "free ex/s",
-    "lockstep ex/s",
-    "free / PipeDream",
-    "lockstep / PipeDream",
-    "free / by step",
-    "paper",
+    "examples/s",
+    "/ PipeDream",
+    "/ by step",
 )
 
 
@@ -199,19 +213,27 @@ def describe_stages(plan: PipelinePlan) -> str:
     return f"{text}{f' ({again} recompute)' if again else ''}{'' if plan.schedule == '1f1b' else f' {plan.schedule}'}"
 
 
-def print_table(cases: Iterable[tuple[str, OpGraph, int, int]], planners: Sequence[str], limit: float) -> None:
-    """The comparison, case by case, so that a long run can be watched."""
-    rows: list[tuple[str, ...]] = [HEAD]
-    for model, graph, devices, batch in cases:
-        started = time.perf_counter()
-        rows += list_rows(model, graph, devices, batch, planners, limit)
-        print(f"... {model} on {devices} devices: {time.perf_counter() - started:.0f} s", flush=True)
-    print(format_table(rows))
+def print_table(cases: Iterable[Case], planners: Sequence[str], modes: Sequence[Mode], limit: float) -> None:
+    """The comparison, case by case so that a long run can be watched; then the ratios beside the paper's."""
+    summary: list[tuple[str, ...]] = [("model", "devices", "batch", "mode", *planners, "paper: GraphPipe")]
+    for case in cases:
+        cluster = ClusterSpec.preset("v100", case.devices)
+        results: dict[str, Result] = {}
+        for mode in modes:
+            for name in planners:
+                if name not in EXPLODING or name not in results:
+                    results[name] = run_limited(COMPARED[name], case.graph, cluster, case.batch, mode, limit)
+            rows, rates = list_rows(case, results, mode)
+            print(f"\n{NAMES[mode]}\n{format_table([HEAD, *rows])}", flush=True)
+            ratios = (f"{rates[name] / rates[BASE]:.2f}" if {name, BASE} <= rates.keys() else "-" for name in planners)
+            paper = f"{case.paper:.2f}" if case.paper else ""
+            summary.append((case.model, str(case.devices), str(case.batch), NAMES[mode], *ratios, paper))
+    print(f"\nThroughput over PipeDream's\n{format_table(summary)}")
 
 
 def print_growth(limit: float) -> None:
     """Search time of the planners that list no down-sets, for graphs and clusters of many sizes."""
-    names = ("graphpipe", "pipedream", "auto")
+    names = ("GraphPipe, one search", CHAIN, "auto")
     rows: list[tuple[str, ...]] = [("operators", "devices", *(f"{name} s" for name in names))]
     for count, devices in [(n, 32) for n in (100, 300, 1000, 3000, 10_000)] + [
         (300, d) for d in (4, 16, 64, 256, 1024)
@@ -219,7 +241,7 @@ def print_growth(limit: float) -> None:
         graph, cluster = layered(count), ClusterSpec.preset("v100", devices)
         cells = []
         for name in names:
-            result = run_limited(with_options(name), graph, cluster, 8 * devices, limit)
+            result = run_limited(COMPARED[name], graph, cluster, 8 * devices, "free", limit)
             cells.append(f"{result.seconds:.2f}" if result.plan else result.why_not)
         rows.append((str(count), str(devices), *cells))
         print("...", *rows[-1], flush=True)
@@ -253,8 +275,10 @@ def compare_with_exact(graph: OpGraph, cluster: ClusterSpec, batch_size: int) ->
     plan = PLANNERS["graphpipe"](graph, cluster, batch_size, transfers=False)
     plan.check()
     yield "graphpipe", plan.bottleneck / best.bottleneck
-    step = exact(graph, cluster, batch_size, objective="step", mode="free").predict("free").step_seconds
-    plan = PLANNERS["auto"](graph, cluster, batch_size, mode="free")
+    step = exact(graph, cluster, batch_size, mode="free").predict("free").step_seconds
+    plan = PLANNERS["auto"](
+        graph, cluster, batch_size, mode="free", schedules=[("1f1b", {"extra": 0})], recompute=False
+    )
     plan.check()
     yield "auto", plan.predict("free").step_seconds / step
 
@@ -269,19 +293,19 @@ def _spread(ratios: Sequence[tuple[float, int]]) -> tuple[str, ...]:
     return f"{close} of {len(values)}", f"{middle:.3f}", f"{tenth:.3f}", f"{worst:.3f}", str(seed)
 
 
-def list_cases(args: argparse.Namespace) -> Iterator[tuple[str, OpGraph, int, int]]:
-    """(model, graph, devices, batch) of the comparison asked for."""
+def list_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The cases asked for."""
     if args.branches:
+        each = args.batch_per_device or BATCH_PER_DEVICE["CANDLE-Uno"]
         for branches in (2, 4, 8, 16):
             for devices in (d for d in args.devices if d <= 16):
-                batch = args.batch_per_device or BATCH_PER_DEVICE["CANDLE-Uno"]
-                yield f"CANDLE-Uno {branches}x4", candle_uno(branches), devices, batch * devices
+                yield Case(f"CANDLE-Uno {branches}x4", candle_uno(branches), devices, each * devices)
         return
     for model in args.models:
+        each = args.batch_per_device or BATCH_PER_DEVICE[model]
         for devices in [max(args.devices)] if args.batches else args.devices:
-            each = args.batch_per_device or BATCH_PER_DEVICE[model]
             for times in (0.25, 0.5, 1, 2, 4) if args.batches else (1,):
-                yield model, MODELS[model](), devices, int(each * times * devices)
+                yield Case(model, MODELS[model](), devices, int(each * times * devices))
 
 
 def main() -> None:
@@ -292,6 +316,7 @@ def main() -> None:
     parser.add_argument("--planners", nargs="+", default=list(COMPARED), choices=list(COMPARED))
     parser.add_argument("--batch-per-device", type=int, help="examples of the mini-batch for each device")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for a search")
+    parser.add_argument("--modes", nargs="+", default=list(NAMES), choices=list(NAMES), help="the judges")
     for kind in ("branches", "batches", "growth"):
         parser.add_argument(f"--{kind}", action="store_true")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="graphs of each kind")
@@ -302,7 +327,7 @@ def main() -> None:
     elif args.random:
         print_random(args.random, *args.random_size)
     else:
-        print_table(list_cases(args), args.planners, args.limit)
+        print_table(list_cases(args), args.planners, args.modes, args.limit)
 
 
 if __name__ == "__main__":
