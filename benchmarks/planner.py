@@ -8,16 +8,24 @@
 
 Models and times are those of `benchmarks.planner_models`; the cluster has nodes of 4 V100s (16 GB) joined by NVLink,
 and 100 Gb/s between nodes. Every planner has the same costs, and each plan is the planner's best over all micro-batch
-sizes that are powers of two, by the same judge: the simulated step with transfers, gradient reduction and update, of ranks
-that run freely as in the literature ("free"), and of the executor's lockstep ("lockstep"), each with the best number of
-extra micro-batches in flight that fits. The planners that simulate are told by which of the two they are judged.
+sizes that are powers of two, by the same judge: the simulated step with transfers, gradient reduction and update, of
+ranks that run freely as in the literature ("free"), and of the executor's lockstep ("lockstep"), each with the best
+number of extra micro-batches in flight that fits. The planners that simulate are told by which they are judged.
 
-"PipeDream" takes the least bottleneck for each micro-batch size, as the paper's does, and is what the ratios are to.
-"PipeDream, by step" judges chains with fewer stages too. "auto"
-has all timetables and recomputation, "1F1B only" the papers' alone. "GraphPipe" is its plan of each micro-batch size, the fastest
-taken, and "one search" its own choice by the bottleneck. The paper's mini-batches are in a table that its text form
-lacks; for MMT it names 128 on 8 devices (section 7.3), which is the 16 a device here. For the others it says that they
-come close to the memory limit; 64 (DLRM) and 1,024 (CANDLE-Uno) a device are this file's choice, see `--batches`.
+    auto                    all timetables, any replica counts and micro-batch sizes, recomputation
+    auto, 1F1B only         only the papers' timetable, and no recomputation
+    GraphPipe               its plan of each micro-batch size, of which the fastest is taken, as in the paper
+    GraphPipe, one search   its own choice among the micro-batch sizes, by the bottleneck alone
+    PipeDream               the least bottleneck for each micro-batch size, the fastest taken; what the ratios are to
+    PipeDream, by step      chains with fewer stages are judged too
+    PipeDream, antichains   as "PipeDream", on the antichains of the graph, as its authors' release does
+    Piper                   on down-sets, with recomputation
+
+"at most" is what no plan can pass: all devices always busy, each operator at its best size, nothing sent or updated.
+
+The paper's mini-batches are in a table that its text form lacks; for MMT it names 128 on 8 devices (section 7.3), the 16
+a device that are used here. For the others it says that they come close to the memory limit; 64 (DLRM) and 1,024
+(CANDLE-Uno) a device are this file's choice, and `--batches` shows how much depends on it.
 """
 
 from __future__ import annotations
@@ -30,6 +38,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty
 from typing import Any
+
+import numpy as np
 
 from benchmarks.planner_models import MODELS, candle_uno, layered
 from jaxpar.errors import PlanError
@@ -163,6 +173,13 @@ class Case:
     batch: int
 
     @property
+    def most(self) -> float:
+        """Examples per second if all devices were always busy, each operator at the size that suits it best."""
+        sizes = [2.0**i for i in range(self.batch.bit_length())]
+        times = [(self.graph.forward_seconds(n) + self.graph.backward_seconds(n)) / n for n in sizes]
+        return self.devices / float(np.min(times, axis=0).sum())
+
+    @property
     def paper(self) -> float | None:
         """The paper's ratio for it."""
         known = self.model in PAPER and self.devices in DEVICES
@@ -215,7 +232,8 @@ def describe_stages(plan: PipelinePlan) -> str:
 
 def print_table(cases: Iterable[Case], planners: Sequence[str], modes: Sequence[Mode], limit: float) -> None:
     """The comparison, case by case so that a long run can be watched; then the ratios beside the paper's."""
-    summary: list[tuple[str, ...]] = [("model", "devices", "batch", "mode", *planners, "paper: GraphPipe")]
+    head = ("model", "devices", "batch", "mode", *planners, "at most", "paper: GraphPipe")
+    summary: list[tuple[str, ...]] = [head]
     for case in cases:
         cluster = ClusterSpec.preset("v100", case.devices)
         results: dict[str, Result] = {}
@@ -227,7 +245,8 @@ def print_table(cases: Iterable[Case], planners: Sequence[str], modes: Sequence[
             print(f"\n{NAMES[mode]}\n{format_table([HEAD, *rows])}", flush=True)
             ratios = (f"{rates[name] / rates[BASE]:.2f}" if {name, BASE} <= rates.keys() else "-" for name in planners)
             paper = f"{case.paper:.2f}" if case.paper else ""
-            summary.append((case.model, str(case.devices), str(case.batch), NAMES[mode], *ratios, paper))
+            most = f"{case.most / rates[BASE]:.2f}" if BASE in rates else "-"
+            summary.append((case.model, str(case.devices), str(case.batch), NAMES[mode], *ratios, most, paper))
     print(f"\nThroughput over PipeDream's\n{format_table(summary)}")
 
 
