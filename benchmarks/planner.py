@@ -23,9 +23,9 @@ number of extra micro-batches in flight that fits. The planners that simulate ar
 
 "at most" is what no plan can pass: all devices always busy, each operator at its best size, nothing sent or updated.
 
-The paper's mini-batches are in a table that its text form lacks; for MMT it names 128 on 8 devices (section 7.3), the 16
-a device that are used here. For the others it says that they come close to the memory limit; 64 (DLRM) and 1,024
-(CANDLE-Uno) a device are this file's choice, and `--batches` shows how much depends on it.
+Of the mini-batches, which the paper has in appendix A.2, this file has only what section 7.3 says: 128 for MMT on 8
+devices, so 16 a device. The others come close to the memory limit, it says; 64 (DLRM) and 1,024 (CANDLE-Uno) a device
+are a choice of this file, and `--batches` shows how much depends on it.
 """
 
 from __future__ import annotations
