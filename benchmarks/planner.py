@@ -10,7 +10,8 @@ Models and times are those of `benchmarks.planner_models`; the cluster has nodes
 and 100 Gb/s between nodes. Every planner has the same costs, and each plan is the planner's best over all micro-batch
 sizes that are powers of two, by the same judge: the simulated step with transfers, gradient reduction and update, of
 ranks that run freely as in the literature ("free"), and of the executor's lockstep ("lockstep"), each with the best
-number of extra micro-batches in flight that fits. The planners that simulate are told by which they are judged.
+number of extra micro-batches in flight that fits. The planners that simulate are told by which they are judged. Search
+times are seconds of one CPU core, so that they don't depend on what else the machine does.
 
     auto                    all timetables, any replica counts and micro-batch sizes, recomputation
     auto, 1F1B only         only the papers' timetable, and no recomputation
@@ -108,7 +109,7 @@ EXPLODING = ("PipeDream, antichains", "Piper")  # searched once for both judges
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one search: a plan or why there is none, and the seconds that it took."""
+    """What became of one search: a plan or why there is none, and the seconds of CPU that it took."""
 
     seconds: float
     plan: PipelinePlan | None = None
@@ -121,12 +122,12 @@ def run_limited(plan: Plan, graph: OpGraph, cluster: ClusterSpec, batch_size: in
     answers = context.Queue()
 
     def work() -> None:
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             found, why = plan(graph, cluster, batch_size, mode), ""
         except PlanError as error:
             found, why = None, _shorten(str(error))
-        answers.put((time.perf_counter() - started, found and found.to_json(), why))
+        answers.put((time.process_time() - started, found and found.to_json(), why))
 
     process = context.Process(target=work)
     process.start()

@@ -62,9 +62,8 @@ def exact(
       batch_size: examples in a step.
       objective: "step" or "bottleneck".
       mode: how steps are simulated, see `jaxpar.schedule.simulate`.
-      schedules: names and options of those to try for a step. All are given the memory of 1F1B with as many
-        micro-batches in flight as the stage's depth and the "extra" of their options, and plans that are found not to
-        fit are left out.
+      schedules: names and options of those to try for a step; plans that don't fit with them are left out. For the
+        bottleneck it is 1F1B with as many micro-batches in flight as a stage's depth, which none has less than.
       recompute: whether stages may also compute their forward again in the backward.
       microbatches: micro-batch sizes to try; None for the powers of two that divide the batch.
       replicas: replica counts to try.
@@ -86,7 +85,6 @@ def exact(
     started = time.perf_counter()
     count = count_devices(cluster, num_devices)
     ways = [Variant(d, r) for d in list_replicas(count, replicas) for r in (False, True)[: 1 + recompute]]
-    extra = min(int(options.get("extra", 0)) for _, options in schedules)
     tables = [
         StagePrices(
             graph,
@@ -95,7 +93,6 @@ def exact(
             batch_size // size,
             tuple(way for way in ways if size % way.devices == 0),
             count,
-            extra,
             max_divisions,
         )
         for size in list_microbatches(batch_size, microbatches)
@@ -103,7 +100,7 @@ def exact(
     best = _find_least_bottleneck(tables)
     if best is None:
         raise PlanError(_explain_misfit(tables[0]))
-    plan = _make_plan(best, schedules[0])
+    plan = _make_plan(best, TEXTBOOK[0])
     if objective == "step":
         plan = _find_least_step(tables, plan, mode, schedules, max_plans, progress)
     return replace(plan, planner="exact", search_seconds=time.perf_counter() - started)
@@ -207,6 +204,9 @@ def _find_least_step(
             heapq.heappush(queue, (estimate_step(plan), next(ticket), plan))
     if progress:
         print(f"exact: {listed:,} plans listed, {best.simulated:,} simulated, the best takes {best.seconds:.4g} s")
+    if best.seconds == math.inf:
+        names = ", ".join(f"{name} {dict(options)}" for name, options in schedules)
+        raise PlanError(f"plans fit into memory with 1F1B and no extra micro-batches in flight, but none with {names}")
     return best.plan
 
 

@@ -46,7 +46,6 @@ class StagePrices:
     num_microbatches: int
     variants: tuple[Variant, ...]
     num_devices: int
-    extra: int
     max_divisions: int
     _known: dict[int, tuple[StagePrice, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -57,8 +56,8 @@ class StagePrices:
         return self._known[stage]
 
     def fitting(self, stage: int, depth: int) -> Iterator[StagePrice]:
-        """In each variant that has room for what is in flight at a depth: `min(M, depth + extra)`."""
-        needed = min(self.num_microbatches, depth + self.extra)
+        """In each variant that has room for what is in flight at a depth: `min(M, depth)`."""
+        needed = min(self.num_microbatches, depth)
         return (price for price in self.of(stage) if price.room >= needed)
 
     def divisions(self, cheapest: Callable[[int, int], StagePrice | None]) -> Iterator[Division]:

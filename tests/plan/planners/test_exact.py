@@ -6,6 +6,8 @@ import pytest
 
 from jaxpar.errors import PlanError, ScheduleError
 from jaxpar.plan.acyclic_partitions import iterate_divisions
+from jaxpar.plan.cluster import ClusterSpec
+from jaxpar.plan.op_graph import Op, OpGraph
 from jaxpar.plan.pipeline import PipelinePlan, PlannedStage
 from jaxpar.plan.planners.exact import exact
 from tests.plan.random_graphs import random_cluster, random_dag, random_series_parallel
@@ -129,3 +131,15 @@ def test_a_search_that_is_too_large_says_how_large():
         exact(graph, random_cluster(1, 6), 8, max_divisions=100)
     with pytest.raises(PlanError, match="found 3 plans whose bound is below"):
         exact(random_dag(1, 6), random_cluster(1, 3), 8, max_plans=3)
+
+
+def test_a_schedule_that_nothing_fits_with_is_no_plan():
+    """Two operators with room for two micro-batches between F and B, and a schedule that wants more."""
+    ops = [Op(name, 1e-3, 1e-3, 1e-3, residual_bytes=7e9) for name in ("a", "b")]
+    graph, cluster = OpGraph.build(ops, [("a", "b")]), ClusterSpec.preset("v100", 2)
+    given = {"microbatches": [1]}
+    assert exact(graph, cluster, 8, **given).in_flight == (2, 1)
+    with pytest.raises(PlanError, match=r"but none with 1f1b \{'extra': 5\}"):
+        exact(graph, cluster, 8, schedules=[("1f1b", {"extra": 5})], **given)
+    plan = exact(graph, cluster, 8, schedules=[("1f1b", {"extra": 5}), ("1f1b", {"extra": 0})], **given)
+    assert plan.schedule_options == {"extra": 0}
