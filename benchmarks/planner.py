@@ -296,9 +296,13 @@ def compare_with_exact(graph: OpGraph, cluster: ClusterSpec, batch_size: int) ->
     plan.check()
     yield "graphpipe", plan.bottleneck / best.bottleneck
     step = exact(graph, cluster, batch_size, mode="free").predict("free").step_seconds
-    plan = PLANNERS["auto"](
-        graph, cluster, batch_size, mode="free", schedules=[("1f1b", {"extra": 0})], recompute=False
-    )
+    alike: dict[str, Any] = {
+        "mode": "free",
+        "schedules": ONLY_1F1B[:1],
+        "replicas": "powers_of_two",
+        "recompute": False,
+    }
+    plan = PLANNERS["auto"](graph, cluster, batch_size, **alike)
     plan.check()
     yield "auto", plan.predict("free").step_seconds / step
 
