@@ -3,8 +3,8 @@
 A down-set (an ideal) holds with an operator all that it needs. A chain of stages is a chain of down-sets, each stage
 the difference of two neighbours, so planners for chains search over them: those of PipeDream's released planner are
 the antichains of its graph, which stand one for one for the down-sets that they close; those of Piper (Tarnawski et
-al. 2021, https://arxiv.org/abs/2106.12672) are the down-sets themselves. A chain of n operators has n + 1, but k
-branches of n operators side by side have (n + 1)^k.
+al., NeurIPS 2021) are the down-sets themselves. A chain of n operators has n + 1, but k branches of n operators side by
+side have (n + 1)^k.
 
 A set of operators is an integer here, whose bit i says whether operator i is in it.
 """

@@ -1,9 +1,9 @@
 """The chain of stages with the least bottleneck: a dynamic programme over cuts, stages and devices.
 
-PipeDream's programme (Narayanan et al. 2019, https://cs.stanford.edu/~matei/papers/2019/sosp_pipedream.pdf, section
-3.1) asks for the least bottleneck with a given number of devices. Here it is turned round, with the same result: for a
-bottleneck T, the least number of devices, and then the least T by bisection. A synchronous 1F1B keeps as many
-micro-batches in flight as there are stages from this one to the last, so the number of stages is in the state:
+PipeDream's programme (Narayanan et al., SOSP 2019, https://doi.org/10.1145/3341301.3359646, section 3.1) asks for the
+least bottleneck with a given number of devices. Here it is turned round, with the same result: for a bottleneck T, the
+least number of devices, and then the least T by bisection. A synchronous 1F1B keeps as many micro-batches in flight as
+there are stages from this one to the last, so the number of stages is in the state:
 
     h_T[0, last] = 0                                        all else infinite
     h_T[s, cut]  = min over stages p from `cut`, variants v of devices(v) + h_T[s - 1, end(p)]
@@ -38,15 +38,13 @@ class Chain:
     bottleneck: float
 
 
-def search_chains(
-    choices: StageChoices, num_devices: int, *, max_stages: int | None = None, slacks: Sequence[float] = SLACKS
-) -> list[Chain]:
+def search_chains(choices: StageChoices, num_devices: int, slacks: Sequence[float] = SLACKS) -> list[Chain]:
     """Chains with the least bottleneck, and with fewer stages for a bottleneck up to so many times as much.
 
     Fewer stages fill and drain faster, which the bottleneck doesn't tell. For each of `slacks`, the chain has as few
     stages as there can be within that bottleneck; those that come out the same are given once. None if nothing fits.
     """
-    deepest = min(num_devices, len(choices.spans.graph.ops), max_stages or num_devices)
+    deepest = min(num_devices, len(choices.spans.graph.ops))
     least = _bisect_bottleneck(choices, num_devices, deepest)
     if least is None:
         return []

@@ -138,8 +138,7 @@ def price_stages(
     variants: Sequence[Variant],
     *,
     link: Link,
-    overlap: bool = True,
-    extra: int = 0,
+    overlap: bool,
 ) -> StageChoices:
     """Make the table for one micro-batch size.
 
@@ -155,7 +154,6 @@ def price_stages(
       variants: those to consider; b must be divisible by their devices.
       link: between two stages; it is taken to be as good for replicas, each with its part.
       overlap: whether transfers take place beside work.
-      extra: micro-batches in flight beyond the depth.
     """
     graph = spans.graph
     slowdown = cluster.slowdown(range(cluster.num_devices), graph.device)
@@ -174,19 +172,19 @@ def price_stages(
         seconds.append((np.maximum(compute, transfer) if overlap else compute + 2 * (transfer + link.latency)) + reduce)
         kept = received * rows if variant.recompute else residual * rows
         once = residual * rows if variant.recompute else 0.0
-        max_depth.append(_count_depth(memory - static - once, kept, num_microbatches, extra))
+        max_depth.append(_count_depth(memory - static - once, kept, num_microbatches))
         work.append(variant.devices * (forward + backward))
     return StageChoices(
         spans, tuple(variants), np.stack(seconds), np.stack(max_depth), spans.members @ np.min(work, axis=0)
     )
 
 
-def _count_depth(room: np.ndarray, kept: np.ndarray, num_microbatches: int, extra: int) -> np.ndarray:
-    """The greatest depth at which `min(M, depth + extra)` micro-batches of `kept` bytes have room."""
+def _count_depth(room: np.ndarray, kept: np.ndarray, num_microbatches: int) -> np.ndarray:
+    """The greatest depth at which `min(M, depth)` micro-batches of `kept` bytes have room."""
     with np.errstate(divide="ignore", invalid="ignore"):
         fit = np.where(kept > 0, np.floor(room / kept * (1 + 1e-12)), np.inf)
     fit = np.where(room >= 0, fit, 0)
-    depth = np.where(fit >= num_microbatches, NEVER, np.clip(fit - extra, 0, NEVER))
+    depth = np.where(fit >= num_microbatches, NEVER, np.clip(fit, 0, NEVER))
     return depth.astype(_COUNT)
 
 
