@@ -52,7 +52,8 @@ def piper(
       PlanError: no chain fits into memory; or the graph has too many down-sets, and how many were counted.
 
     >>> from jaxpar.plan.op_graph import Op
-    >>> graph = OpGraph.build([Op(name, 1e-3, 1e-3, 1e-3, parameter_bytes=1e9) for name in "abcd"], [("a", "b"), ("c", "d")])
+    >>> ops = [Op(name, 1e-3, 1e-3, 1e-3, parameter_bytes=1e9) for name in "abcd"]
+    >>> graph = OpGraph.build(ops, [("a", "b"), ("c", "d")])
     >>> plan = piper(graph, ClusterSpec.preset("v100", 2), 16)
     >>> sorted(len(stage.ops) for stage in plan.stages)
     [2, 2]
