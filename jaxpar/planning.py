@@ -73,15 +73,30 @@ def graph_step(
     >>> graph_step(step, shapes, jax.ShapeDtypeStruct((32, 8), jnp.float32), costs="v100").graph.num_ops
     2
     """
-    signature = getattr(fun, "_signature", None) or Signature(
-        fun, tuple(sorted(state_argnums)), tuple(batch_argnums), tuple(static_argnums)
-    )
-    traced = trace_step(signature, args, new_state)
+    traced = trace_step(read_signature(fun, state_argnums, batch_argnums, static_argnums), args, new_state)
     if isinstance(costs, str):
         costs = find_preset(costs).device
     model = AnalyticCosts(costs) if isinstance(costs, DeviceSpec) else costs
+    return build_graph(traced, model, sizes, max_blocks)
+
+
+def read_signature(
+    fun: Callable[..., Any],
+    state_argnums: Sequence[int] = (0,),
+    batch_argnums: Sequence[int] = (1,),
+    static_argnums: Sequence[int] = (),
+) -> Signature:
+    """What is known of a step's arguments: for one that is decorated, what its decorator was told."""
+    known = getattr(fun, "_signature", None)
+    return known or Signature(fun, tuple(sorted(state_argnums)), tuple(batch_argnums), tuple(static_argnums))
+
+
+def build_graph(
+    traced: TracedStep, costs: CostModel, sizes: Sequence[int] | None = None, max_blocks: int = 256
+) -> ProgramGraph:
+    """`build_program_graph` of a traced step."""
     with _collector_paused():
-        return build_program_graph(traced.program, traced.updated, model, sizes, max_blocks)
+        return build_program_graph(traced.program, traced.updated, costs, sizes, max_blocks)
 
 
 @contextmanager

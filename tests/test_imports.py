@@ -28,6 +28,8 @@ ORDER = [
     "step",
     "api",
     "__init__",
+    "cli",
+    "__main__",
 ]
 FILES = sorted(ROOT.rglob("*.py"))
 

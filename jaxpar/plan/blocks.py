@@ -59,7 +59,7 @@ def form_blocks(flow: Flow, seconds: Sequence[float], max_blocks: int = 256) -> 
     while True:
         units = _Coarsening(graph, seconds, grain).run()
         if len(units) <= max_blocks or grain >= total:
-            return tuple(_name_blocks(flow.forward, [sorted(u.members) for u in _sort_units(graph, units)], seconds))
+            return tuple(_name_blocks(graph, [sorted(u.members) for u in _sort_units(graph, units)], seconds))
         grain *= _GROWTH
 
 
@@ -85,6 +85,7 @@ class _EqnGraph:
 
     def __init__(self, eqns: Sequence[Eqn]):
         self.eqns = eqns
+        self.paths = [_modules(eqn) for eqn in eqns]
         maker = {v: i for i, eqn in enumerate(eqns) for v in eqn.outputs}
         self.preds = [sorted({maker[v] for v in eqn.reads if v in maker}) for eqn in eqns]
         self.succs: list[list[int]] = [[] for _ in eqns]
@@ -115,8 +116,8 @@ class _Coarsening:
         }
         self.heavy_in: dict[Path, int] = defaultdict(int)  # as a set of bits, by module
         for i in self.heavy:
-            for depth in range(len(graph.eqns[i].path) + 1):
-                self.heavy_in[graph.eqns[i].path[:depth]] |= 1 << i
+            for depth in range(len(graph.paths[i]) + 1):
+                self.heavy_in[graph.paths[i][:depth]] |= 1 << i
 
     def run(self) -> set[_Unit]:
         groups = self._separate_cycles([part for whole in self._whole_modules() for part in self._connected(whole)])
@@ -134,13 +135,14 @@ class _Coarsening:
     def _whole_modules(self) -> Iterator[list[int]]:
         """Equations of the largest modules within the grain; of others, runs of their own element-wise ones."""
         cost: dict[Path, float] = defaultdict(float)
-        for eqn, t in zip(self.graph.eqns, self.seconds, strict=True):
-            for depth in range(len(eqn.path) + 1):
-                cost[eqn.path[:depth]] += t
+        paths = self.graph.paths
+        for path, t in zip(paths, self.seconds, strict=True):
+            for depth in range(len(path) + 1):
+                cost[path[:depth]] += t
         modules: dict[Path, list[int]] = defaultdict(list)
         loose: list[int] = []
-        for i, eqn in enumerate(self.graph.eqns):
-            fits = (eqn.path[:d] for d in range(1, len(eqn.path) + 1) if cost[eqn.path[:d]] <= self.limit)
+        for i, path in enumerate(paths):
+            fits = (path[:depth] for depth in range(1, len(path) + 1) if cost[path[:depth]] <= self.limit)
             module = next(fits, None)
             if module is None:
                 loose.append(i)
@@ -156,7 +158,7 @@ class _Coarsening:
         for i in loose:
             before = graph.preds[i]
             alone = len(before) == 1 and before[0] in candidates and len(graph.succs[before[0]]) == 1
-            if alone and graph.eqns[i].name not in HEAVY and graph.eqns[i].path == graph.eqns[before[0]].path:
+            if alone and graph.eqns[i].name not in HEAVY and graph.paths[i] == graph.paths[before[0]]:
                 run_of[i] = run_of[before[0]]
                 run_of[i].append(i)
             else:
@@ -204,10 +206,10 @@ class _Coarsening:
             ]
 
     def _make_unit(self, members: list[int]) -> _Unit:
-        eqns, graph = [self.graph.eqns[i] for i in members], self.graph
+        graph = self.graph
         unit = _Unit(
             members,
-            _common_path(eqn.path for eqn in eqns),
+            _common_path(graph.paths[i] for i in members),
             math.fsum(self.seconds[i] for i in members),
             not self.heavy.isdisjoint(members),
             sum(1 << i for i in members),
@@ -315,39 +317,45 @@ def _sort_units(graph: _EqnGraph, units: Iterable[_Unit]) -> Iterator[_Unit]:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def _name_blocks(eqns: Sequence[Eqn], blocks: Sequence[Sequence[int]], seconds: Sequence[float]) -> Iterator[Block]:
+def _name_blocks(graph: _EqnGraph, blocks: Sequence[Sequence[int]], seconds: Sequence[float]) -> Iterator[Block]:
     """Blocks named after their modules: the whole one, a range of its children, or a part of it by its main operation.
 
     Names are unique: of several equal ones the second gets `.1`, the third `.2`.
     """
-    bearing = [_that_matter(eqns, members, seconds) for members in blocks]
+    bearing = [_that_matter(graph, members, seconds) for members in blocks]
     inside: Counter[Path] = Counter()
     for i in itertools.chain(*bearing):
-        inside.update(eqns[i].path[:depth] for depth in range(len(eqns[i].path) + 1))
+        inside.update(graph.paths[i][:depth] for depth in range(len(graph.paths[i]) + 1))
     taken: Counter[str] = Counter()
     for members, mine in zip(blocks, bearing, strict=True):
-        name = _describe(eqns, mine, inside, seconds)
+        name = _describe(graph, mine, inside, seconds)
         taken[name] += 1
         suffix = f".{taken[name] - 1}" if taken[name] > 1 else ""
-        yield Block(name + suffix, tuple(eqns[i] for i in members))
+        yield Block(name + suffix, tuple(graph.eqns[i] for i in members))
 
 
-def _that_matter(eqns: Sequence[Eqn], members: Sequence[int], seconds: Sequence[float]) -> Sequence[int]:
+def _that_matter(graph: _EqnGraph, members: Sequence[int], seconds: Sequence[float]) -> Sequence[int]:
     """The products and the like that take at least a twentieth of the block's time; without any, all in a module."""
     least = 0.05 * math.fsum(seconds[i] for i in members)
-    heavy = [i for i in members if eqns[i].name in HEAVY and seconds[i] >= least]
-    return heavy or [i for i in members if eqns[i].path] or members
+    heavy = [i for i in members if graph.eqns[i].name in HEAVY and seconds[i] >= least]
+    return heavy or [i for i in members if graph.paths[i]] or members
 
 
-def _describe(eqns: Sequence[Eqn], mine: Sequence[int], inside: Counter[Path], seconds: Sequence[float]) -> str:
-    path = _common_path(eqns[i].path for i in mine)
-    if path and inside[path] == len(mine):
-        return "/".join(path)
-    children = list(dict.fromkeys(eqns[i].path[: len(path) + 1] for i in mine if len(eqns[i].path) > len(path)))
+def _describe(graph: _EqnGraph, mine: Sequence[int], inside: Counter[Path], seconds: Sequence[float]) -> str:
+    paths = [graph.paths[i] for i in mine]
+    shared = _common_path(paths)
+    if shared and inside[shared] == len(mine):
+        return "/".join(shared)
+    children = list(dict.fromkeys(path[: len(shared) + 1] for path in paths if len(path) > len(shared)))
     if len(children) > 1 and sum(inside[child] for child in children) == len(mine):
-        return "/".join((*path, f"{children[0][-1]}…{children[-1][-1]}"))
+        return "/".join((*shared, f"{children[0][-1]}…{children[-1][-1]}"))
     main = max(mine, key=lambda i: seconds[i])
-    return f"{'/'.join(path)}:{eqns[main].name}".lstrip(":")
+    return f"{'/'.join(shared)}:{graph.eqns[main].name}".lstrip(":")
+
+
+def _modules(eqn: Eqn) -> Path:
+    """The modules that an equation is in; einsums, which JAX names after their subscripts, are none."""
+    return tuple(name for name in eqn.path if "->" not in name)
 
 
 def _common_path(paths: Iterable[Path]) -> Path:
