@@ -251,7 +251,7 @@ def _use_times(graph: OpGraph, file: str) -> OpGraph:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise PlanError(
             f"--times {file} can't be read: {error}. It holds JSON: "
-            '{"operator or module": [F, I, W]}, each a number of seconds per example, or points [[examples, seconds], ...].'
+            '{"operator or module": [F, I, W]}, each seconds per example, or points [[examples, seconds], ...].'
         ) from error
     return replace_times(graph, times)
 
