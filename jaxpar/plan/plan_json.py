@@ -75,7 +75,6 @@ def plan_to_dict(plan: PipelinePlan) -> dict[str, Any]:
         "planner": plan.planner,
         "search_seconds": plan.search_seconds,
         "chain": plan.chain,
-        "notes": list(plan.notes),
         "microbatch": plan.microbatch,
         "num_microbatches": plan.num_microbatches,
         "schedule": plan.schedule,
