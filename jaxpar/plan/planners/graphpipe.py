@@ -23,11 +23,14 @@ from jaxpar.plan.down_sets import count_down_sets, list_down_sets
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.pipeline import PipelinePlan
 from jaxpar.plan.planners.base import Stage, make_plan
-from jaxpar.plan.planners.bisection import Found, StageSearch, bisect_bottleneck
+from jaxpar.plan.planners.bisection import Found, StageSearch, bisect_bottleneck, measure
+from jaxpar.plan.planners.chain_stages import Variant
 from jaxpar.plan.planners.frontier_search import Frontiers, FrontierSearch
+from jaxpar.plan.planners.local_search import Moves, improve
 from jaxpar.plan.planners.misfit import explain_misfit
-from jaxpar.plan.planners.options import Replicas, count_devices, list_microbatches
+from jaxpar.plan.planners.options import Replicas, count_devices, list_microbatches, list_replicas
 from jaxpar.plan.planners.stage_prices import Pricing
+from jaxpar.plan.planners.step_model import BottleneckModel, Sketch, StepModel
 from jaxpar.plan.planners.tree_search import TreeSearch
 from jaxpar.plan.planners.tree_shapes import TreeShapes
 from jaxpar.plan.series_parallel import decompose
@@ -35,9 +38,11 @@ from jaxpar.plan.series_parallel import decompose
 logger = logging.getLogger(__name__)
 
 MAX_BLOCKS = 160
-MAX_DOWN_SETS = 2100  # of these there are at most 200,000 pairs in a graph of 12 operators
+MAX_DOWN_SETS = 500  # with all pairs of them, a second's work for each micro-batch size
 MAX_DEPTH = 48
-_LABELS = 4  # kept for each prefix of an order
+_EFFORT, _MEASURED = 4000, 20  # plans that the refinement estimates, and prices in full
+_TINY = 12  # operators for which all labels of a down-set are kept
+_LABELS = 4  # else
 
 
 def graphpipe(
@@ -82,8 +87,9 @@ def graphpipe(
     count = count_devices(cluster, num_devices)
     coarse = coarsen(graph, max_blocks)
     space = SearchSpace(coarse.graph, min(count, MAX_DEPTH))
+    sizes = list_microbatches(batch_size, microbatches)
     best: Found | None = None
-    for size in reversed(list_microbatches(batch_size, microbatches)):
+    for size in reversed(sizes):
         pricing = Pricing.make(
             coarse.graph, cluster, batch_size, size, count, replicas, recompute=recompute, transfers=transfers
         )
@@ -95,9 +101,32 @@ def graphpipe(
             logger.info("graphpipe: micro-batch %d: best %.4g s an example, %.1f s", size, best.per_example, taken)
     if best is None:
         raise PlanError(explain_misfit(graph, cluster, batch_size, count, microbatches, replicas, recompute=recompute))
+    if not space.is_exact:
+        best = _refine(best, sizes, replicas, recompute=recompute)
     best = space.flatten(best)
     plan = plan_of(coarse, cluster, best)
     return replace(plan, planner="graphpipe", search_seconds=time.perf_counter() - started)
+
+
+def _refine(best: Found, sizes: tuple[int, ...], replicas: Replicas, *, recompute: bool) -> Found:
+    """A smaller bottleneck by small changes, if there is one: where not all down-sets are searched."""
+    pricing = best.pricing
+    steps = StepModel(
+        pricing.graph, pricing.cluster, pricing.microbatch * pricing.num_microbatches, pricing.num_devices
+    )
+    counts = list_replicas(pricing.num_devices, replicas)
+    moves = Moves(pricing.graph, counts, sizes, pricing.num_devices, recompute)
+    found = improve(BottleneckModel(steps), moves, [Sketch.of_stages(pricing.microbatch, best.stages)], _EFFORT)
+    for sketch in list(found)[:_MEASURED]:
+        count = steps.batch_size // sketch.microbatch
+        variants = tuple(
+            Variant(d, r) for d in counts if sketch.microbatch % d == 0 for r in (False, True)[: 1 + recompute]
+        )
+        mine = replace(pricing, microbatch=sketch.microbatch, num_microbatches=count, variants=variants)
+        here = measure(mine, sketch.stages())
+        if here.per_example < best.per_example * (1 - 1e-9):
+            best = here
+    return best
 
 
 def plan_of(coarse: Coarsening, cluster: ClusterSpec, found: Found) -> PipelinePlan:
@@ -123,12 +152,10 @@ class SearchSpace:
         """Those worth trying, the fastest first; with `quick` those that look along orders are left out."""
         yield TreeSearch(self._shapes, pricing, self._deepest)
         for frontiers in self._frontiers if self.is_small or not quick else ():
-            yield FrontierSearch(frontiers, pricing, self._deepest, None if self.is_small else _LABELS)
+            yield FrontierSearch(frontiers, pricing, self._deepest, None if self.graph.num_ops <= _TINY else _LABELS)
 
     def flatten(self, found: Found) -> Found:
         """The same bottleneck with less depth, if a search finds it."""
-        from jaxpar.plan.planners.bisection import measure
-
         best, depth = found, depth_of(self.graph, found.stages)
         for search in self.searches(found.pricing):
             while depth > 1:
@@ -144,12 +171,13 @@ class SearchSpace:
         graph = self.graph
         return count_down_sets(graph.predecessors, graph.order, MAX_DOWN_SETS) <= MAX_DOWN_SETS
 
-    @cached_property
+    @property
+    def is_exact(self) -> bool:
+        """Whether one of the searches finds the least bottleneck for sure."""
+        return self.is_small and self.graph.num_ops <= _TINY
+
+    @property
     def _deepest(self) -> int:
-        longest: list[int] = [1] * self.graph.num_ops
-        for op in self.graph.order:
-            for source in self.graph.predecessors[op]:
-                longest[op] = max(longest[op], longest[source] + 1)
         return min(self.deepest, self.graph.num_ops)
 
     @cached_property

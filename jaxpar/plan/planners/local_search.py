@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jaxpar.plan.op_graph import OpGraph
-from jaxpar.plan.planners.step_model import Part, Sketch, StepModel
+from jaxpar.plan.planners.step_model import BottleneckModel, Part, Sketch, StepModel
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ class Moves:
         return Sketch.of(sketch.microbatch, [changes.get(i, part) for i, part in enumerate(sketch.parts)])
 
 
-def improve(model: StepModel, moves: Moves, starts: Sequence[Sketch], effort: int) -> dict[Sketch, float]:
+def improve(
+    model: StepModel | BottleneckModel, moves: Moves, starts: Sequence[Sketch], effort: int
+) -> dict[Sketch, float]:
     """The plans seen, with their estimates, the best first; those that can't be run are left out.
 
     Args:

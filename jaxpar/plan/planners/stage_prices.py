@@ -189,12 +189,11 @@ class Pricing:
             room, kept = self.memory - sets.fixed_bytes, sets.residual_bytes * rows
             if variant.recompute:
                 room, kept = room - kept, sets.traffic[0] * rows
-            if not self.graph.has_backward:
-                kept = np.zeros_like(kept)  # a forward keeps nothing for long
             with np.errstate(divide="ignore", invalid="ignore"):
                 fit = np.where(kept > 0, np.floor(room / kept * ROUNDING), np.inf)
             fit = np.where(room >= 0, fit, -1)
-            depth = np.where(fit >= self.num_microbatches, FAR, np.clip(fit - self.extra, 0, FAR))
+            most = self.num_microbatches if self.graph.has_backward else 1  # a forward alone keeps nothing for later
+            depth = np.where(fit >= most, FAR, np.clip(fit - self.extra, 0, FAR))
             depths.append(depth.astype(np.int32))
         return np.stack(depths)
 

@@ -170,10 +170,26 @@ class StepModel:
                 ways.append((s, t))
         for s, t in reversed(ways):
             depth[s] = max(depth[s], depth[t] + 1)
-        if any(cost.fit < min(count, depth[s]) for s, cost in enumerate(costs)):
+        most = count if self.graph.has_backward else 1  # in flight: a forward alone keeps nothing for later
+        if any(cost.fit < min(most, depth[s]) for s, cost in enumerate(costs)):
             return math.inf
         work = [head[s] + count * (cost.forward + cost.backward) + tail[s] for s, cost in enumerate(costs)]
         return max(max(work), busiest) + max(cost.after for cost in costs)
+
+
+@dataclass
+class BottleneckModel:
+    """As a `StepModel`, but of the slowest stage's seconds per example."""
+
+    steps: StepModel
+
+    def estimate(self, sketch: Sketch) -> float:
+        """Seconds per example of the slowest stage, and a thousandth of what the others take: of equals the lighter."""
+        if self.steps.estimate(sketch) == math.inf:
+            return math.inf
+        costs = [self.steps.cost(sketch.microbatch, part) for part in sketch.parts]
+        seconds = [cost.forward + cost.backward for cost in costs]
+        return (max(seconds) + 1e-3 * sum(seconds) / len(seconds)) / sketch.microbatch
 
 
 def _sort(feeds: list[list[int]]) -> list[int] | None:
