@@ -104,6 +104,7 @@ COMPARED: dict[str, Plan] = {
     "Piper": with_options("piper", select="bottleneck"),
     "data parallel": plan_replicas,
 }
+GROWING = ("GraphPipe, one search", CHAIN, "auto")
 EXPLODING = ("PipeDream, antichains", "Piper")  # searched once for both judges
 
 
@@ -251,9 +252,8 @@ def print_table(cases: Iterable[Case], planners: Sequence[str], modes: Sequence[
     print(f"\nThroughput over PipeDream's\n{format_table(summary)}")
 
 
-def print_growth(limit: float) -> None:
+def print_growth(names: Sequence[str], limit: float) -> None:
     """Search time of the planners that list no down-sets, for graphs and clusters of many sizes."""
-    names = ("GraphPipe, one search", CHAIN, "auto")
     rows: list[tuple[str, ...]] = [("operators", "devices", *(f"{name} s" for name in names))]
     for count, devices in [(n, 32) for n in (100, 300, 1000, 3000, 10_000)] + [
         (300, d) for d in (4, 16, 64, 256, 1024)
@@ -337,7 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--devices", nargs="+", type=int, default=list(DEVICES))
-    parser.add_argument("--planners", nargs="+", default=list(COMPARED), choices=list(COMPARED))
+    parser.add_argument("--planners", nargs="+", choices=list(COMPARED), help="all, with --growth a few, by default")
     parser.add_argument("--batch-per-device", type=int, help="examples of the mini-batch for each device")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for a search")
     parser.add_argument("--modes", nargs="+", default=list(NAMES), choices=list(NAMES), help="the judges")
@@ -347,11 +347,11 @@ def main() -> None:
     parser.add_argument("--random-size", type=int, nargs=2, default=(9, 4), metavar=("OPS", "DEVICES"))
     args = parser.parse_args()
     if args.growth:
-        print_growth(args.limit)
+        print_growth(args.planners or GROWING, args.limit)
     elif args.random:
         print_random(args.random, *args.random_size)
     else:
-        print_table(list_cases(args), args.planners, args.modes, args.limit)
+        print_table(list_cases(args), args.planners or list(COMPARED), args.modes, args.limit)
 
 
 if __name__ == "__main__":
