@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = ", ".join(f"{t} {x / 1e9:.4g} Gflop/s" for t, x in spec.flops.items())
     print(f"{spec.name}: {figures}, memory {spec.memory_bandwidth / 1e9:.3g} GB/s; jax {jax.__version__}")
     measured, analytic = MeasuredCosts(cache=options.cache), AnalyticCosts(spec)
-    rows = [("model", "times", "bias", "error", "relative", "rank")]
+    rows: list[tuple[str, ...]] = [("model", "times", "bias", "error", "relative", "rank")]
     everything: list[tuple[float, float]] = []
     for name in options.models or STEPS:
         fun, *args = STEPS[name]()

@@ -24,8 +24,8 @@ from jaxpar.plan.analytic import AnalyticCosts
 from jaxpar.planning import build_graph, read_signature, trace_step
 from jaxpar.text import format_table
 
-HEAD = ("model", "equations", "operators", "kinds", "edges", "trace s", "graph s", "plan s")
-HEAD += ("stages", "depth", "micro-batch", "imbalance", "examples/s")
+_COUNTS = ("model", "equations", "operators", "kinds", "edges", "trace s", "graph s", "plan s")
+HEAD: tuple[str, ...] = (*_COUNTS, "stages", "depth", "micro-batch", "imbalance", "examples/s")
 
 
 def imbalance(plan: PipelinePlan) -> float:

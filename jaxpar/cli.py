@@ -30,7 +30,7 @@ import jax
 from jaxpar.arguments import Signature
 from jaxpar.errors import JaxparError, PlanError
 from jaxpar.measure import MeasuredCosts
-from jaxpar.plan import DEVICES, PRESETS, ClusterSpec, OpGraph, PipelinePlan, TimeCurve
+from jaxpar.plan import DEVICES, PRESETS, ClusterSpec, OpGraph, PipelinePlan, TimeCurve, planners
 from jaxpar.plan.analytic import AnalyticCosts
 from jaxpar.plan.program_graph import replace_times
 from jaxpar.planning import build_graph, read_signature, trace_step
@@ -41,9 +41,20 @@ ARGS = "example_args"
 _COMPARED = ("graphpipe", "pipedream", "piper", "data_parallel")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the result is the exit status: 0, or 1 after an error, which is printed."""
+def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
+    """Run a command.
+
+    Args:
+        argv: its words; those of the process by default.
+        own_process: JAX has not been used yet and may be set up: to see no accelerator, and as many CPU devices as are
+            planned for, since the step's file may make a mesh of them.
+
+    Returns: the exit status: 0, or 1 after an error, which is printed.
+    """
     options = _make_parser().parse_args(argv)
+    if own_process and not options.measure:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", max(options.devices, 1))
     try:
         options.run(options)
     except JaxparError as error:
@@ -76,7 +87,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--measure", action="store_true", help="time the operators on the device that is there, for --cluster's links")
     add("--graph", metavar="FILE", help="write the graph of operators as JSON")
     add("--save", metavar="FILE", help="write the plan as JSON, for parallelize(plan=...)")
-    add("--draw", action="store_true", help="print the stage graph and the timetable, too")
+    add("--draw", metavar="FILE", help="draw the stage graph and the timetable (needs matplotlib)")
     for name, help_text in (("state", "training state"), ("batch", "one row per example"), ("static", "not arrays")):
         default = {"state": "0", "batch": "1", "static": ""}[name]
         add(
@@ -90,11 +101,6 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _run_plan(options: argparse.Namespace) -> None:
-    from jaxpar.plan import planners  # not before a plan is asked for
-
-    if not options.measure:
-        jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator
-        jax.config.update("jax_num_cpu_devices", max(options.devices, 1))  # for a mesh that the file makes
     cluster = ClusterSpec.preset(options.cluster, options.devices, options.node_size)
     chosen = _read_options(options.option)
     signature, args = _load_step(options)
@@ -111,7 +117,9 @@ def _run_plan(options: argparse.Namespace) -> None:
         graph.save(options.graph)
     batch_size = traced.program.num_examples
     plan = planners.plan(graph, cluster, batch_size, planner=options.planner, **chosen)
-    print(plan.draw() if options.draw else plan)
+    print(plan)
+    if options.draw:
+        plan.draw(options.draw)
     if options.compare:
         print(f"\n{_compare(plan, planners.plan)}")
     if options.save:
@@ -121,7 +129,9 @@ def _run_plan(options: argparse.Namespace) -> None:
 
 def _compare(plan: PipelinePlan, make: Callable[..., PipelinePlan]) -> str:
     """What the other planners would have done, in a table."""
-    rows = [("planner", "stages", "depth", "micro-batch", "step ms", "examples/s", "against this", "search s")]
+    rows: list[tuple[str, ...]] = [
+        ("planner", "stages", "depth", "micro-batch", "step ms", "examples/s", "against this", "search s")
+    ]
     best = plan.predict().step_seconds
     found, failed = {plan.planner or "this": plan}, []
     for name in _COMPARED:
