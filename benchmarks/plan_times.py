@@ -65,7 +65,7 @@ def sleeping(plan: PipelinePlan) -> Iterator[None]:
     """Actions that take as long as the plan says, besides."""
     original = jaxpar.lower.run.run_branch
     planned = [s for s, stage in enumerate(plan.stages) for _ in stage.devices]  # of each replica
-    seconds = {}
+    seconds: dict[tuple[str, int], float] = {}
     for i, s in enumerate(planned):
         forward, first, second = plan.stage_times[s]
         seconds |= {("F", i): forward, ("I", i): first, ("W", i): second, ("B", i): first + second}
@@ -74,7 +74,7 @@ def sleeping(plan: PipelinePlan) -> Iterator[None]:
         jax.debug.callback(lambda _: time.sleep(seconds[branch.node]), registers[0])
         return original(branch, registers, carry, *rest)
 
-    jaxpar.lower.run.run_branch = run_branch
+    jaxpar.lower.run.run_branch = run_branch  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -106,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of all operators for the whole batch, on one device")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of all operators for the whole batch, on one device"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     step, state, batch, graph = make_problem(args.seconds, args.seed)

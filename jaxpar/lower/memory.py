@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxpar.lower.branches import Branch
 from jaxpar.lower.machine import Machine
 from jaxpar.lower.once import batch_inputs, examples_of_output
 from jaxpar.lower.slots import item_of
+from jaxpar.plan.residuals import RECOMPUTED
 from jaxpar.trace import Eqn, Var
 
 
@@ -20,15 +21,16 @@ class MemoryEstimate:
         state: the placed state, updated in place.
         batch: the replica's rows of the batch, which every rank has.
         totals: gradients and metrics, summed over micro-batches.
-        residuals: kept from the forward to the backward of the micro-batches in flight.
+        residuals: kept from the forward to the backward of the micro-batches in flight, and staged on their way there
+            where the compiler needs that.
         mailboxes: values received and not yet used.
         exchange: values being sent and received in one tick.
         prelude: invariant values computed once per step.
         working: within one action: values alive at once at its fullest point, before the compiler's fusion, and the
             parameters that it takes out of pools.
         outputs: per-example results.
-        update: new values of what is kept in pools, which can't be updated in place; they need the room when the
-            micro-batches don't any more.
+        update: new values that aren't in the old ones' place: those in pools, and all of them where ranks don't update
+            alike, so that a conditional makes them. They need the room when the micro-batches don't any more.
     """
 
     state: int
@@ -60,17 +62,19 @@ def estimate_memory(machine: Machine) -> MemoryEstimate:
     count = machine.timetable.num_microbatches
     rows = program.num_examples // machine.axes.replicas
     updated = machine.update.groups[: machine.outputs.num_updated]
+    staged = sum(area.bytes for area in machine.staging.areas) if machine.staging is not None else 0
+    alike = len(machine.update.rounds[-1].programs) == 1
     return MemoryEstimate(
         state=sum(layout.packing.bytes for layout in machine.layouts),
         batch=sum(v.bytes_at(rows) for v in batch_inputs(program)),
         totals=machine.totals.bytes,
-        residuals=machine.residuals.bytes,
+        residuals=machine.residuals.bytes + staged,
         mailboxes=machine.mail.bytes,
         exchange=payload * (2 if machine.timetable.exchange == 2 else 1),
         prelude=machine.prelude.groups[0].packing.bytes,
         working=max(_pooled_bytes(b) + _peak_alive(b.eqns, b.examples) for b in machine.branches),
         outputs=sum(item_of(v, examples_of_output(machine.graph, v)).bytes * count for v in per_example),
-        update=sum(b.bytes for group in updated for b in group.packing.buffers[group.packing.num_slots :]),
+        update=sum(b.bytes for group in updated for b in group.packing.buffers[alike * group.packing.num_slots :]),
     )
 
 
@@ -80,17 +84,27 @@ def _pooled_bytes(branch: Branch) -> int:
     return sum(v.bytes_at(1) for v, place in places if place is not None and place.offset is not None)
 
 
-def _peak_alive(eqns: Iterable[Eqn], examples: int) -> int:
+def _peak_alive(eqns: Sequence[Eqn], examples: int) -> int:
     """The most bytes of the action's own values alive at once, if it ran one equation after the other.
 
-    What no other equation reads (a gradient, a value to be sent) is counted when it is made, and then has its place.
+    An element-wise value with one element-wise reader is taken to be fused with it. What no other equation reads (a
+    gradient, a value to be sent) is counted when it is made, and then has its place.
     """
-    eqns = list(eqns)
-    last: dict[Var, int] = {}
+    readers: dict[Var, list[int]] = {}
     for i, eqn in enumerate(eqns):
         for v in eqn.reads:
-            last[v] = i
-    size = {v: v.bytes_at(examples) for eqn in eqns for v in eqn.outputs}
+            readers.setdefault(v, []).append(i)
+    last: dict[Var, int] = {}
+    size: dict[Var, int] = {}
+    for i, eqn in reversed(list(enumerate(eqns))):
+        end = i
+        for v in eqn.outputs:
+            at = readers.get(v, [])
+            fused = eqn.name in RECOMPUTED and len(at) == 1 and eqns[at[0]].name in RECOMPUTED
+            size[v] = 0 if fused else v.bytes_at(examples)
+            end = max(end, last[v]) if fused else end
+        for v in eqn.reads:
+            last[v] = max(last.get(v, 0), end)
     alive = peak = 0
     ending: dict[int, int] = {}
     for i, eqn in enumerate(eqns):

@@ -166,9 +166,7 @@ def plan_stages(
         homes = Homes(owners, {}) if owners is not None else home_state(program, graph, updated)
         summaries = tuple(_summarise(graph, homes, s, replicas[rank_of[s]], device) for s in range(num_stages))
         members = tuple(map(tuple, groups))
-        return Plan(
-            graph, homes, summaries, microbatch, members, flow, forward_stage, device, frozenset(recompute)
-        )
+        return Plan(graph, homes, summaries, microbatch, members, flow, forward_stage, device, frozenset(recompute))
 
     if forward_stage is not None:
         return make(forward_stage)
