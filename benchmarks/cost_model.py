@@ -25,11 +25,13 @@ from scipy.stats import spearmanr
 
 from benchmarks import gpt
 from benchmarks import planner_models_jax as models
+from jaxpar.arguments import read_arguments
 from jaxpar.measure import MeasuredCosts, measure_device
 from jaxpar.plan import OpGraph
 from jaxpar.plan.analytic import AnalyticCosts
-from jaxpar.planning import build_graph, read_signature, trace_step
+from jaxpar.planning import build_graph, read_signature
 from jaxpar.text import format_table
+from jaxpar.tracing import trace_step
 
 Step = tuple[Callable[..., Any], Any, Any]
 LEAST = 20e-6  # seconds; what takes less is mostly overhead, and no stage
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     everything: list[tuple[float, float]] = []
     for name in options.models or STEPS:
         fun, *args = STEPS[name]()
-        traced = trace_step(read_signature(fun), args)
+        traced = trace_step(read_arguments(read_signature(fun), args))
         both = [list_times(build_graph(traced, costs, sizes).graph, sizes) for costs in (analytic, measured)]
         pairs = [(both[0][key], both[1][key]) for key in both[0] if min(both[0][key], both[1][key]) > LEAST]
         for key in both[0] if options.verbose else ():

@@ -6,9 +6,9 @@
 
 The plans are random: any division of CANDLE-Uno's operators into stages without cycles, on any groups of ranks, under
 several schedules; and that of the planner `auto`. Emulated devices share the machine's cores, so each action sleeps for
-as long as the plan says that it takes (see `benchmarks.executor`): all else, from the switch to the pieces of values that
-travel between stages of unequal width and the totals over groups of ranks, is the executor as it is. XLA:CPU's permutes
-block, so the prediction is for an exchange that does.
+as long as the plan says that it takes (see `benchmarks.executor`): all else, from the switch to the pieces of values
+that travel between stages of unequal width and the totals over groups of ranks, is the executor as it is. XLA:CPU's
+permutes block, so the prediction is for an exchange that does.
 """
 
 from __future__ import annotations

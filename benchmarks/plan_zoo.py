@@ -19,10 +19,12 @@ import jax
 
 from benchmarks.zoo_models import WORKLOADS, Workload
 from jaxpar import JaxparError
+from jaxpar.arguments import read_arguments
 from jaxpar.plan import DEVICES, ClusterSpec, PipelinePlan, planners
 from jaxpar.plan.analytic import AnalyticCosts
-from jaxpar.planning import build_graph, read_signature, trace_step
+from jaxpar.planning import build_graph, read_signature
 from jaxpar.text import format_table
+from jaxpar.tracing import trace_step
 
 _COUNTS = ("model", "equations", "operators", "kinds", "edges", "trace s", "graph s", "plan s")
 HEAD: tuple[str, ...] = (*_COUNTS, "stages", "depth", "micro-batch", "imbalance", "examples/s")
@@ -41,7 +43,7 @@ def imbalance(plan: PipelinePlan) -> float:
 def plan_workload(work: Workload, cluster: ClusterSpec, planner: str) -> tuple[tuple[str, ...], PipelinePlan]:
     """The row of the table, and the plan."""
     marks = [time.perf_counter()]
-    traced = trace_step(read_signature(work.step), (work.state, work.batch))
+    traced = trace_step(read_arguments(read_signature(work.step), (work.state, work.batch)))
     marks.append(time.perf_counter())
     found = build_graph(traced, AnalyticCosts(DEVICES[cluster.devices[0].name]))
     marks.append(time.perf_counter())

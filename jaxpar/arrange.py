@@ -20,9 +20,10 @@ from jaxpar.options import DEFAULT_SCHEDULE, Options
 from jaxpar.plan import ClusterSpec, PipelinePlan
 from jaxpar.plan.analytic import AnalyticCosts
 from jaxpar.plan.planners import plan as plan_graph
-from jaxpar.plan.program_graph import build_program_graph
+from jaxpar.planning import build_graph
 from jaxpar.schedule import Timetable
-from jaxpar.trace import Eqn, Program
+from jaxpar.trace import Eqn
+from jaxpar.tracing import TracedStep
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,7 @@ class Arrangement:
 
 
 def arrange_stages(
-    program: Program,
-    updated: Mapping[int, int],
+    traced: TracedStep,
     mesh: Mesh,
     axes: Axes,
     options: Options,
@@ -52,8 +52,6 @@ def arrange_stages(
     """Settle it.
 
     Args:
-        program: the step.
-        updated: index of the output that is the new value of a state input, by the input's index.
         layouts: where the state is, if it is placed already.
 
     Raises: PlanError where a plan isn't for this program or this mesh.
@@ -64,15 +62,15 @@ def arrange_stages(
         assert options.num_microbatches is not None
         schedule = options.schedule or DEFAULT_SCHEDULE
         return Arrangement(groups, rank_of, options.num_microbatches, schedule, options.schedule_options)
-    return _follow_plan(program, updated, mesh, axes, options)
+    return _follow_plan(traced, mesh, axes, options)
 
 
-def _follow_plan(program: Program, updated: Mapping[int, int], mesh: Mesh, axes: Axes, options: Options) -> Arrangement:
+def _follow_plan(traced: TracedStep, mesh: Mesh, axes: Axes, options: Options) -> Arrangement:
     cluster = options.cluster or cluster_of_stage_axis(mesh, axes)
-    operators = build_program_graph(program, updated, AnalyticCosts(cluster.devices[0]))
+    operators = build_graph(traced, AnalyticCosts(cluster.devices[0]))
     plan = options.plan
     if isinstance(plan, str):
-        batch, settled = program.num_examples // axes.replicas, dict(options.plan_options)
+        batch, settled = traced.program.num_examples // axes.replicas, dict(options.plan_options)
         if options.num_microbatches is not None:
             settled["microbatches"] = (batch // options.num_microbatches,)
         plan = plan_graph(operators.graph, cluster, batch, plan, **settled)

@@ -27,15 +27,16 @@ from typing import Any
 
 import jax
 
-from jaxpar.arguments import Signature
+from jaxpar.arguments import Signature, read_arguments
 from jaxpar.errors import JaxparError, PlanError
 from jaxpar.measure import MeasuredCosts
 from jaxpar.plan import DEVICES, PRESETS, ClusterSpec, OpGraph, PipelinePlan, TimeCurve, planners
 from jaxpar.plan.analytic import AnalyticCosts
 from jaxpar.plan.program_graph import replace_times
-from jaxpar.planning import build_graph, read_signature, trace_step
+from jaxpar.planning import build_graph, read_signature
 from jaxpar.text import format_table
 from jaxpar.trace import abstract_args
+from jaxpar.tracing import trace_step
 
 ARGS = "example_args"
 _COMPARED = ("graphpipe", "pipedream", "piper", "data_parallel")
@@ -105,7 +106,7 @@ def _run_plan(options: argparse.Namespace) -> None:
     chosen = _read_options(options.option)
     signature, args = _load_step(options)
     start = time.perf_counter()
-    traced = trace_step(signature, args)
+    traced = trace_step(read_arguments(signature, args))
     print(f"{traced.program}\ntraced in {time.perf_counter() - start:.1f} s")
     start = time.perf_counter()
     costs = MeasuredCosts(num_examples=traced.program.num_examples) if options.measure else None

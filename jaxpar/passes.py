@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import _jax
-from jaxpar.arguments import Arguments, OutputTree, match_state_outputs
+from jaxpar.arguments import Arguments, OutputTree
 from jaxpar.arrange import Arrangement, arrange_stages
 from jaxpar.errors import ScheduleError, TraceError
 from jaxpar.lower import Axes, Machine, StateLayout, build_machine, jit_step, keep_axes, make_layout
@@ -28,7 +26,8 @@ from jaxpar.schedule import (
     make_timetable,
     simulate,
 )
-from jaxpar.trace import Program, make_program, trace_size
+from jaxpar.trace import Program
+from jaxpar.tracing import trace_step
 
 Spec = tuple[Any, ...]
 
@@ -57,20 +56,6 @@ class Built:
         return self.output_tree.updated
 
 
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection inside: tracing makes hundreds of thousands of objects, all of which live, and looking
-    through them again and again takes a third of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def run_passes(
     arguments: Arguments,
     specs: Sequence[Spec],
@@ -88,12 +73,9 @@ def run_passes(
     """
     known = options.num_microbatches or getattr(options.plan, "num_microbatches", None)
     expected = microbatch_size(arguments, axes, known or 1)
-    sizes = (arguments.num_examples, trace_size(arguments.num_examples, expected))
-    (whole, shapes), (small, _) = map(arguments.trace, sizes)
-    program = make_program(whole, small, sizes, arguments.names, arguments.roles)
-    outputs = match_state_outputs(arguments, shapes, program.carries_over, options.new_state)
-    updated = _updated_inputs(arguments, outputs)
-    arrangement = arrange_stages(program, updated, mesh, axes, options, layouts)
+    traced = trace_step(arguments, options.new_state, expected)
+    program, outputs = traced.program, traced.outputs
+    arrangement = arrange_stages(traced, mesh, axes, options, layouts)
     platform = mesh.devices.flat[0].platform
     plan = plan_stages(
         program,
@@ -102,7 +84,7 @@ def run_passes(
         microbatch_size(arguments, axes, arrangement.num_microbatches),
         Roofline.for_platform(platform),
         judge=lambda dag, costs: _simulated_seconds(arrangement, dag, costs),
-        updated=updated,
+        updated=traced.updated,
         cuts=options.cuts,
         owners=_owners(arguments, layouts) if layouts is not None else None,
         forward_stage=arrangement.forward_stage,
@@ -197,12 +179,6 @@ def _lay_out(
 def _owners(arguments: Arguments, layouts: Sequence[StateLayout]) -> dict[int, int | None]:
     leaves = [leaf for layout in layouts for leaf in layout.leaves]
     return {i: leaf.stage for i, leaf in zip(arguments.leaves_of("state"), leaves, strict=True)}
-
-
-def _updated_inputs(arguments: Arguments, outputs: OutputTree) -> dict[int, int]:
-    """Index of the output that is the new value of a state input, by the input's index."""
-    state = arguments.leaves_of("state")
-    return {state[leaf]: out for out, leaf in outputs.state_outputs.items()}
 
 
 def free_spec(x: Any, axes: Axes) -> Spec:

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxpar.arguments import Arguments, NewState, Signature, match_state_outputs, read_arguments
+from jaxpar.arguments import NewState, Signature, read_arguments
 from jaxpar.plan.analytic import AnalyticCosts
 from jaxpar.plan.block_program import CostModel
 from jaxpar.plan.cluster import DeviceSpec
 from jaxpar.plan.devices import find_preset
 from jaxpar.plan.program_graph import ProgramGraph, build_program_graph
-from jaxpar.trace import Program, make_program, trace_size
-
-
-@dataclass(frozen=True, eq=False)
-class TracedStep:
-    """A step as a program; `updated[i]` is the output that is the new value of state input i."""
-
-    arguments: Arguments
-    program: Program
-    updated: Mapping[int, int]
-
-
-def trace_step(signature: Signature, args: Sequence[Any], new_state: NewState = "auto") -> TracedStep:
-    """Trace a step with arrays or `jax.ShapeDtypeStruct`s for arguments.
-
-    Raises: TraceError where it isn't a step that a pipeline can run; see `jaxpar.parallelize`.
-    """
-    with _collector_paused():
-        arguments = read_arguments(signature, args)
-        sizes = (arguments.num_examples, trace_size(arguments.num_examples, 2))
-        (whole, shapes), (small, _) = map(arguments.trace, sizes)
-        program = make_program(whole, small, sizes, arguments.names, arguments.roles)
-        outputs = match_state_outputs(arguments, shapes, program.carries_over, new_state)
-    state = arguments.leaves_of("state")
-    return TracedStep(arguments, program, {state[leaf]: out for out, leaf in outputs.state_outputs.items()})
+from jaxpar.tracing import TracedStep, collector_paused, trace_step
 
 
 def graph_step(
@@ -73,7 +46,8 @@ def graph_step(
     >>> graph_step(step, shapes, jax.ShapeDtypeStruct((32, 8), jnp.float32), costs="v100").graph.num_ops
     2
     """
-    traced = trace_step(read_signature(fun, state_argnums, batch_argnums, static_argnums), args, new_state)
+    signature = read_signature(fun, state_argnums, batch_argnums, static_argnums)
+    traced = trace_step(read_arguments(signature, args), new_state)
     if isinstance(costs, str):
         costs = find_preset(costs).device
     model = AnalyticCosts(costs) if isinstance(costs, DeviceSpec) else costs
@@ -95,17 +69,5 @@ def build_graph(
     traced: TracedStep, costs: CostModel, sizes: Sequence[int] | None = None, max_blocks: int = 256
 ) -> ProgramGraph:
     """`build_program_graph` of a traced step."""
-    with _collector_paused():
+    with collector_paused():
         return build_program_graph(traced.program, traced.updated, costs, sizes, max_blocks)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection inside: all of the many objects that tracing makes live on."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

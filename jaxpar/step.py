@@ -27,11 +27,12 @@ from jaxpar.lower import (
     place_leaves,
 )
 from jaxpar.options import Options
-from jaxpar.passes import Built, collector_paused, free_spec, run_passes
+from jaxpar.passes import Built, free_spec, run_passes
 from jaxpar.plan import PipelinePlan, Plan
 from jaxpar.schedule import Simulation, Timetable
 from jaxpar.show import explain_step
 from jaxpar.trace import Program
+from jaxpar.tracing import collector_paused
 
 P = PartitionSpec
 

@@ -21,6 +21,7 @@ ORDER = [
     "measure",
     "show",
     "arguments",
+    "tracing",
     "planning",
     "options",
     "arrange",

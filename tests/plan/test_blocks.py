@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpar.arguments import Signature
+from jaxpar.arguments import Signature, read_arguments
 from jaxpar.plan import analyse_flow
 from jaxpar.plan.blocks import _Coarsening, _EqnGraph, form_blocks
 from jaxpar.plan.flow import Flow
 from jaxpar.plan.program_graph import estimate_balance
-from jaxpar.planning import graph_step, trace_step
+from jaxpar.planning import graph_step
 from jaxpar.trace import Eqn, Var
+from jaxpar.tracing import trace_step
 from tests.equality.grid import small_case
 from tests.zoo import CASES
 
@@ -30,7 +31,7 @@ def small_flow(name):
 
 
 def flow_of(case):
-    traced = trace_step(Signature(case.step, (0,), (1,), ()), (case.state, case.batch, *case.extra))
+    traced = trace_step(read_arguments(Signature(case.step, (0,), (1,), ()), (case.state, case.batch, *case.extra)))
     return analyse_flow(traced.program, traced.updated)
 
 
