@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
-from jaxpar.plan.op_graph import OpGraph
+from jaxpar.plan.op_graph import Op, OpGraph
 
 Form = Literal["leaf", "series", "parallel"]
 
@@ -111,10 +111,13 @@ def decompose(graph: OpGraph) -> tuple[Block, BlockFactory, bool]:
 
 
 def _leaf_kind(graph: OpGraph, op: int) -> object:
-    it = graph.ops[op]
-    sent = tuple(sorted(graph.edge_bytes[op, target] for target in graph.successors[op]))
-    curves = (it.forward, it.input_backward, it.weight_backward)
-    return it.kind, curves, it.state_bytes, it.gradient_bytes, it.residual_bytes, sent
+    return cost_key(graph.ops[op]), tuple(sorted(graph.edge_bytes[op, target] for target in graph.successors[op]))
+
+
+def cost_key(op: Op) -> tuple[object, ...]:
+    """Equal for operators that are equal but for their names and what they send."""
+    curves = (op.forward, op.input_backward, op.weight_backward)
+    return op.kind, curves, op.state_bytes, op.gradient_bytes, op.residual_bytes
 
 
 class _Splitter:

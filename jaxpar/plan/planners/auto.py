@@ -19,14 +19,14 @@ from jaxpar.plan.cluster import ClusterSpec, LinkMatrix
 from jaxpar.plan.coarsen import Coarsening, coarsen
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.pipeline import PipelinePlan, PlannedStage
-from jaxpar.plan.planners.base import make_plan
-from jaxpar.plan.planners.bisection import bisect_bottleneck
+from jaxpar.plan.planners.base import Stage, make_plan
+from jaxpar.plan.planners.bisection import StageSearch, bisect_bottleneck
 from jaxpar.plan.planners.chain_stages import Variant
 from jaxpar.plan.planners.data_parallel import list_replicated
-from jaxpar.plan.planners.graphpipe import MAX_BLOCKS, MAX_DEPTH, SearchSpace, graphpipe
+from jaxpar.plan.planners.graphpipe import MAX_BLOCKS, SearchSpace, graphpipe
 from jaxpar.plan.planners.interleave import list_interleaved
 from jaxpar.plan.planners.judge import Judge, ScheduleChoice, choose_schedules
-from jaxpar.plan.planners.local_search import Moves, improve
+from jaxpar.plan.planners.local_search import LocalSearch, Moves
 from jaxpar.plan.planners.misfit import explain_misfit
 from jaxpar.plan.planners.options import Replicas, count_devices, list_microbatches, list_replicas
 from jaxpar.plan.planners.pipedream import pipedream
@@ -34,12 +34,14 @@ from jaxpar.plan.planners.piper import piper
 from jaxpar.plan.planners.reasons import explain_choice
 from jaxpar.plan.planners.stage_prices import Pricing
 from jaxpar.plan.planners.step_model import Sketch, StepModel
+from jaxpar.plan.planners.tree_search import TreeSearch
 from jaxpar.schedule.simulate import Mode
 
 logger = logging.getLogger(__name__)
 
-SLACKS = (1.0, 1.03, 1.08, 1.17, 1.3, 1.5, 2.0)
-_PRECISION = 2e-3  # of the bottleneck; the local search does the rest
+SLACKS = (1.0, 1.04, 1.1, 1.2, 1.4, 1.8)
+_PRECISION = 4e-3  # of the bottleneck; the local search does the rest
+_DEEPEST = 24  # of the plans that the tree is asked for
 _BEST_SIZES = 4  # micro-batch sizes whose plans are improved
 _SIMULATED = 60  # of the plans that the local search finds for a size
 _POLISHED = 40  # neighbours of the best plan simulated in each round
@@ -58,7 +60,7 @@ def auto(
     num_devices: int | None = None,
     recompute: bool = True,
     max_blocks: int = MAX_BLOCKS,
-    effort: int = 20_000,
+    effort: int = 12_000,
     progress: bool = False,
 ) -> PipelinePlan:
     """The plan with the least simulated step that is found.
@@ -160,7 +162,7 @@ class _Hunt:
     def try_graphpipe(self) -> None:
         """Those sizes first that do least work; those that can't be faster than the best plan not at all."""
         self._try_bottleneck()
-        space = SearchSpace(self.graph, min(self.num_devices, MAX_DEPTH))
+        space = SearchSpace(self.graph, min(self.num_devices, _DEEPEST))
         pricings = [
             Pricing.make(
                 self.graph,
@@ -183,10 +185,16 @@ class _Hunt:
                 best = bisect_bottleneck(search, self.judge.seconds / self.batch_size, _PRECISION)
                 limits = [best.seconds * slack * (1 + 1e-9) for slack in SLACKS] if best else []
                 for limit in limits:
-                    if stages := search.solve(limit):
+                    for stages in self._solve(search, limit):
                         sketch = Sketch.of_stages(pricing.microbatch, stages)
                         found[sketch] = self.model.estimate(sketch)
             self._judge("graphpipe", found, 6)
+
+    def _solve(self, search: StageSearch, limit: float) -> list[Sequence[Stage]]:
+        if isinstance(search, TreeSearch):
+            return list(search.solve_deeper(limit))
+        stages = search.solve(limit)
+        return [stages] if stages else []
 
     def _try_bottleneck(self) -> None:
         """The plan of GraphPipe itself, for the bottleneck of computation and transfers alone."""
@@ -229,9 +237,16 @@ class _Hunt:
         by_size: dict[int, list[Sketch]] = {}
         for sketch in sorted(self.sketches, key=lambda s: self.sketches[s]):
             by_size.setdefault(sketch.microbatch, []).append(sketch)
+        searches: dict[int, LocalSearch] = {}
         for size in list(by_size)[:_BEST_SIZES]:
-            found = improve(self.model, self._moves((size,)), by_size[size], self.effort // _BEST_SIZES)
-            self._judge("local search", found, _SIMULATED)
+            searches[size] = LocalSearch(self.model, self._moves((size,)))
+            searches[size].add(by_size[size])
+            self._judge("local search", searches[size].run(self.effort // 2 // _BEST_SIZES), _SIMULATED)
+        # The other half of the effort is for the best size.
+        if self.judge.best is not None and self.judge.best.microbatch in searches:
+            search = searches[self.judge.best.microbatch]
+            search.add([self._sketch_of(self.judge.best)])
+            self._judge("local search", search.run(self.effort // 2), _SIMULATED)
 
     def polish(self) -> None:
         """Neighbours of the best plan, as long as one is faster; simulated, not only estimated."""

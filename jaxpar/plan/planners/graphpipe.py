@@ -26,7 +26,7 @@ from jaxpar.plan.planners.base import Stage, make_plan
 from jaxpar.plan.planners.bisection import Found, StageSearch, bisect_bottleneck, measure
 from jaxpar.plan.planners.chain_stages import Variant
 from jaxpar.plan.planners.frontier_search import Frontiers, FrontierSearch
-from jaxpar.plan.planners.local_search import Moves, improve
+from jaxpar.plan.planners.local_search import LocalSearch, Moves
 from jaxpar.plan.planners.misfit import explain_misfit
 from jaxpar.plan.planners.options import Replicas, count_devices, list_microbatches, list_replicas
 from jaxpar.plan.planners.stage_prices import Pricing
@@ -116,8 +116,9 @@ def _refine(best: Found, sizes: tuple[int, ...], replicas: Replicas, *, recomput
     )
     counts = list_replicas(pricing.num_devices, replicas)
     moves = Moves(pricing.graph, counts, sizes, pricing.num_devices, recompute)
-    found = improve(BottleneckModel(steps), moves, [Sketch.of_stages(pricing.microbatch, best.stages)], _EFFORT)
-    for sketch in list(found)[:_MEASURED]:
+    search = LocalSearch(BottleneckModel(steps), moves)
+    search.add([Sketch.of_stages(pricing.microbatch, best.stages)])
+    for sketch in list(search.run(_EFFORT))[:_MEASURED]:
         count = steps.batch_size // sketch.microbatch
         variants = tuple(
             Variant(d, r) for d in counts if sketch.microbatch % d == 0 for r in (False, True)[: 1 + recompute]

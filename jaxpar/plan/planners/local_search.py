@@ -6,12 +6,15 @@ Its effort is counted in plans, not in seconds, so that it gives the same on eve
 
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from jaxpar.plan.down_sets import members_of
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.planners.step_model import BottleneckModel, Part, Sketch, StepModel
+from jaxpar.plan.series_parallel import cost_key
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Moves:
         """All neighbours, valid or not."""
         yield from self._move_operators(sketch)
         yield from self._change_devices(sketch)
+        yield from self._change_equal_stages(sketch)
         yield from self._merge(sketch)
         yield from self._split(sketch)
         yield from self._change_sizes(sketch)
@@ -111,6 +115,26 @@ class Moves:
                             if t != s and fewer < theirs:
                                 yield self._replace(sketch, {s: changed, t: (other, fewer, again)})
 
+    def _change_equal_stages(self, sketch: Sketch) -> Iterator[Sketch]:
+        """All stages that are equal at once, those of equal branches above all: one alone would change nothing."""
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for s, (members, devices, recompute) in enumerate(sketch.parts):
+            groups.setdefault((self._kind_of(members), devices, recompute), []).append(s)
+        for equal in groups.values():
+            _, devices, recompute = sketch.parts[equal[0]]
+            ways = [(d, recompute) for d in self._steps(devices, sketch.microbatch)]
+            for d, again in ways + [(devices, not recompute)] * self.recompute if len(equal) > 1 else ():
+                yield self._replace(sketch, {s: (sketch.parts[s][0], d, again) for s in equal})
+
+    def _kind_of(self, members: int) -> tuple[int, ...]:
+        return tuple(sorted(self._kinds[op] for op in members_of(members)))
+
+    @cached_property
+    def _kinds(self) -> tuple[int, ...]:
+        """A number for each operator, equal for those that cost the same."""
+        numbers: dict[object, int] = {}
+        return tuple(numbers.setdefault(cost_key(op), len(numbers)) for op in self.graph.ops)
+
     def _steps(self, devices: int, microbatch: int) -> list[int]:
         """The next replica counts below and above."""
         possible = [d for d in self.replicas if microbatch % d == 0]
@@ -153,28 +177,35 @@ class Moves:
         return Sketch.of(sketch.microbatch, [changes.get(i, part) for i, part in enumerate(sketch.parts)])
 
 
-def improve(
-    model: StepModel | BottleneckModel, moves: Moves, starts: Sequence[Sketch], effort: int
-) -> dict[Sketch, float]:
-    """The plans seen, with their estimates, the best first; those that can't be run are left out.
+@dataclass
+class LocalSearch:
+    """What has been seen so far; goes on where it stopped.
 
     Args:
-      model: what estimates them.
+      model: what estimates plans.
       moves: their neighbours.
-      starts: plans to begin with.
-      effort: how many plans to estimate.
+      seen: the plans seen, with their estimates, infinite for those that can't be run.
     """
-    seen = {sketch: model.estimate(sketch) for sketch in starts}
-    ticket = itertools.count()
-    queue = [(value, next(ticket), sketch) for sketch, value in seen.items() if value < float("inf")]
-    heapq.heapify(queue)
-    while queue and len(seen) < effort:
-        _, _, sketch = heapq.heappop(queue)
-        for neighbour in moves.of(sketch):
-            if neighbour not in seen:
-                value = seen[neighbour] = model.estimate(neighbour)
-                if value < float("inf"):
-                    heapq.heappush(queue, (value, next(ticket), neighbour))
-    ranked = sorted((value, place) for place, value in enumerate(seen.values()) if value < float("inf"))
-    sketches = list(seen)
-    return {sketches[place]: value for value, place in ranked}
+
+    model: StepModel | BottleneckModel
+    moves: Moves
+    seen: dict[Sketch, float] = field(default_factory=dict)
+    _queue: list[tuple[float, int, Sketch]] = field(default_factory=list)
+
+    def add(self, sketches: Iterable[Sketch]) -> None:
+        """Plans to look around."""
+        for sketch in sketches:
+            if sketch not in self.seen:
+                value = self.seen[sketch] = self.model.estimate(sketch)
+                if value < math.inf:
+                    heapq.heappush(self._queue, (value, len(self.seen), sketch))
+
+    def run(self, effort: int) -> dict[Sketch, float]:
+        """Estimate some `effort` plans more, and give all that can be run, the best first."""
+        most = len(self.seen) + effort
+        while self._queue and len(self.seen) < most:
+            _, _, sketch = heapq.heappop(self._queue)
+            self.add(self.moves.of(sketch))
+        ranked = sorted((value, n) for n, value in enumerate(self.seen.values()) if value < math.inf)
+        sketches = list(self.seen)
+        return {sketches[n]: value for value, n in ranked}

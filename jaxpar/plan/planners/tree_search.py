@@ -59,6 +59,16 @@ class TreeSearch:
             return None
         return solution.read(int(depths[0]))
 
+    def solve_deeper(self, limit: float, most: int = 4) -> list[list[Stage]]:
+        """As `solve`, and deeper plans that do with fewer devices; the least depth first."""
+        solution, found = TreeSolution(self, limit), list[list[Stage]]()
+        fewest = self.pricing.num_devices + 1
+        for depth, devices in enumerate(solution.by_depth):
+            if devices < fewest and len(found) < most:
+                fewest = devices
+                found.append(solution.read(depth))
+        return found
+
     def table(self, block: Block) -> StageTable:
         """Prices of the stages that a block may be made of."""
         if block.key not in self._tables:

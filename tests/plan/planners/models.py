@@ -1,5 +1,7 @@
 """Graphs with the shapes of GraphPipe's models, for tests of structure and speed; the numbers are made up."""
 
+from itertools import pairwise
+
 from jaxpar.plan import Op, OpGraph, TimeCurve
 
 
@@ -15,6 +17,6 @@ def join_branches(branches: int, depth: int, top: int, fixed: float = 2e-4, para
     above = [f"top.{i}" for i in range(top)]
     ops = [layer(name) for branch in names for name in branch]
     ops += [Op("join", 1e-6, 1e-6, output_bytes=1e5, kind="join"), *map(layer, above)]
-    edges = [pair for branch in names for pair in zip(branch, branch[1:], strict=False)]
-    edges += [(branch[-1], "join") for branch in names] + list(zip(["join", *above], above, strict=False))
+    edges = [pair for branch in names for pair in pairwise(branch)]
+    edges += [(branch[-1], "join") for branch in names] + list(pairwise(["join", *above]))
     return OpGraph.build(ops, edges)

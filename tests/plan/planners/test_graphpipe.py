@@ -1,5 +1,6 @@
 import logging
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -99,7 +100,7 @@ def test_replicas_that_are_no_power_of_two_on_demand():
 def test_recomputation_on_demand():
     names = [f"op{i}" for i in range(4)]
     ops = [Op(name, 1e-3, 1e-3, residual_bytes=100.0, output_bytes=1.0) for name in names]
-    graph = OpGraph.build(ops, list(zip(names, names[1:], strict=False)))  # noqa: RUF007
+    graph = OpGraph.build(ops, list(pairwise(names)))
     cluster = make_cluster(2, memory=210.0)
     with pytest.raises(PlanError, match="recompute=True"):
         graphpipe(graph, cluster, 8, microbatches=[1])
