@@ -88,8 +88,8 @@ def auto(
     >>> ops = [Op(name, 2e-3, 2e-3, 2e-3, parameter_bytes=1e9) for name in ("a", "b")]
     >>> graph = OpGraph.build([*ops, Op("join", 1e-3, 1e-3, 1e-3)], [("a", "join"), ("b", "join")])
     >>> plan = auto(graph, ClusterSpec.preset("v100", 2), 16)
-    >>> [stage.ops for stage in plan.stages], plan.notes[0].split(":")[0]
-    ([(0, 2), (1,)], 'chosen')
+    >>> sorted(len(stage.ops) for stage in plan.stages), plan.notes[0].split(":")[0]
+    ([1, 2], 'chosen')
     """
     started = time.perf_counter()
     count = count_devices(cluster, num_devices)
