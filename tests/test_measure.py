@@ -72,14 +72,14 @@ def test_a_measured_product_was_really_computed_each_time():
         assert measure_program(program, 512, jax.devices()[0]) > 2 * 512**3 / 2e12
 
 
-@pytest.mark.parametrize("name", ["gpt", "dlrm", "cond", "scan_layers", "integers_and_keys"])
+@pytest.mark.parametrize("name", ["gpt", "cond", "scan_layers", "integers_and_keys"])
 def test_all_kinds_of_programs_can_be_measured(name, monkeypatch):
     """Random numbers, tables, branches, loops, keys; one run each."""
     runs = []
     monkeypatch.setattr(jaxpar.measure, "_seconds_of_round", lambda run: runs.append(jax.device_get(run(1))) or 1.0)
     case = small_case(name)
     costs = MeasuredCosts(cache=False, num_examples=32, progress=False)
-    found = graph_step(case.step, case.state, case.batch, *case.extra, costs=costs, sizes=(2,), max_blocks=8)
+    found = graph_step(case.step, case.state, case.batch, *case.extra, costs=costs, sizes=(2,), max_blocks=2)
     assert np.all(found.graph.forward_seconds(2) == 1.0)
     assert len(runs) == len({p.digest for p in found.programs.values()})
 
