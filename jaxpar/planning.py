@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxpar.arguments import NewState, Signature, read_arguments
+from jaxpar.errors import PlanError
+from jaxpar.plan import ClusterSpec, PipelinePlan
 from jaxpar.plan.analytic import AnalyticCosts
 from jaxpar.plan.block_program import CostModel
 from jaxpar.plan.cluster import DeviceSpec
 from jaxpar.plan.devices import find_preset
+from jaxpar.plan.planners import plan as plan_graph
 from jaxpar.plan.program_graph import ProgramGraph, build_program_graph
 from jaxpar.tracing import TracedStep, collector_paused, trace_step
 
@@ -52,6 +55,53 @@ def graph_step(
         costs = find_preset(costs).device
     model = AnalyticCosts(costs) if isinstance(costs, DeviceSpec) else costs
     return build_graph(traced, model, sizes, max_blocks)
+
+
+def plan_step(
+    fun: Callable[..., Any],
+    *args: Any,
+    cluster: ClusterSpec | str,
+    num_devices: int | None = None,
+    planner: str = "auto",
+    costs: CostModel | None = None,
+    **options: Any,
+) -> PipelinePlan:
+    """Plan a training step for a cluster, which needn't be there.
+
+    Args:
+        fun: the step, undecorated or made by `jaxpar.parallelize`; its state is argument 0, its batch argument 1, or
+            what the decorator was told.
+        args: its arguments: arrays or `jax.ShapeDtypeStruct`s, the batch with all of its examples.
+        cluster: a `ClusterSpec`, or the name of one of `jaxpar.plan.PRESETS`, of `num_devices` devices.
+        num_devices: how many devices may be used; all of the cluster by default.
+        planner: one of `jaxpar.plan.planners.PLANNERS`.
+        costs: a cost model, such as `jaxpar.measure.MeasuredCosts()`; analytic costs of the cluster's first device by
+            default.
+        options: of the planner, such as `microbatches=(8, 16)`; see `jaxpar.plan.planners.plan`.
+
+    Returns: the plan, for `jaxpar.parallelize(plan=...)` on a mesh whose axis of stages has the cluster's devices.
+
+    Raises: TraceError where the step can't be pipelined; PlanError where no plan fits into memory.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def step(params, x):
+    ...     loss_fn = lambda p: jnp.mean(jnp.tanh(x @ p["a"]) @ p["b"])
+    ...     loss, grads = jax.value_and_grad(loss_fn)(params)
+    ...     return jax.tree.map(lambda p, g: p - g, params, grads), loss
+    >>> shapes = {name: jax.ShapeDtypeStruct((8, 8), jnp.float32) for name in "ab"}
+    >>> plan = plan_step(step, shapes, jax.ShapeDtypeStruct((32, 8), jnp.float32), cluster="v100", num_devices=2)
+    >>> plan.batch_size
+    32
+    """
+    if isinstance(cluster, str):
+        if num_devices is None:
+            raise PlanError(f"num_devices is missing: how many devices does the {cluster!r} cluster have?")
+        cluster = ClusterSpec.preset(cluster, num_devices)
+    model = costs or AnalyticCosts(cluster.devices[0])
+    graph = graph_step(fun, *args, costs=model).graph
+    signature = read_signature(fun)
+    batch_size = read_arguments(signature, args).num_examples
+    return plan_graph(graph, cluster, batch_size, planner, num_devices=num_devices, **options)
 
 
 def read_signature(

@@ -293,7 +293,8 @@ class PipelinedStep:
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """The plan, the timetable's cost, and the memory, in words and tables."""
         built = self._examine(args, kwargs)
-        return explain_step(built.program, built.plan, built.timetable, built.search, built.machine)
+        pipeline = built.arrangement.pipeline
+        return explain_step(built.program, built.plan, pipeline, built.timetable, built.search, built.machine)
 
     def memory(self, *args: Any, **kwargs: Any) -> MemoryEstimate:
         """Bytes that must be in memory on each device, counted from the plan and the timetable."""

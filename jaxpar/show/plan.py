@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from jaxpar.errors import ScheduleError
 from jaxpar.lower import Machine, MemoryEstimate, estimate_memory
-from jaxpar.plan import Plan
+from jaxpar.plan import PipelinePlan, Plan
 from jaxpar.schedule import (
     PLACEMENTS,
     SCHEDULES,
@@ -35,11 +35,17 @@ _PARTS = {
 
 
 def explain_step(
-    program: Program, plan: Plan, timetable: Timetable, search: SearchResult | None, machine: Machine
+    program: Program,
+    plan: Plan,
+    pipeline: PipelinePlan | None,
+    timetable: Timetable,
+    search: SearchResult | None,
+    machine: Machine,
 ) -> str:
-    """What runs where and when, and what it costs."""
+    """What runs where and when, and what it costs; of a plan that was given or made, what it said itself."""
     parts = [
         str(program),
+        *([str(pipeline)] if pipeline is not None else []),
         str(plan),
         _explain_schedule(plan, timetable, search),
         _explain_memory(estimate_memory(machine), machine),
