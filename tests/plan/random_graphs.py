@@ -141,7 +141,7 @@ def _grow_parallel(
     grow: Callable[[int], tuple[list[int], list[int]]],
 ) -> tuple[list[int], list[int]]:
     branches = rng.randrange(2, min(count, 4) + 1)
-    sources, sinks = [], []
+    sources, sinks = list[int](), list[int]()
     if count % branches == 0 and rng.random() < equal:
         begin = len(ops)
         sources, sinks = grow(count // branches)

@@ -27,7 +27,7 @@ from jaxpar.plan.planners.graphpipe import MAX_BLOCKS, SearchSpace, graphpipe
 from jaxpar.plan.planners.interleave import list_interleaved
 from jaxpar.plan.planners.judge import Judge, ScheduleChoice, choose_schedules
 from jaxpar.plan.planners.local_search import LocalSearch, Moves
-from jaxpar.plan.planners.misfit import explain_misfit
+from jaxpar.plan.planners.misfit import explain_blocks, explain_misfit
 from jaxpar.plan.planners.options import Replicas, count_devices, list_microbatches, list_replicas
 from jaxpar.plan.planners.pipedream import pipedream
 from jaxpar.plan.planners.piper import piper
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 SLACKS = (1.0, 1.04, 1.1, 1.2, 1.4, 1.8)
 _PRECISION = 4e-3  # of the bottleneck; the local search does the rest
+_MOST_SIZES = 20  # of micro-batches
 _DEEPEST = 24  # of the plans that the tree is asked for
 _BEST_SIZES = 4  # micro-batch sizes whose plans are improved
 _SIMULATED = 60  # of the plans that the local search finds for a size
@@ -70,7 +71,8 @@ def auto(
       mode: how steps are simulated: "executor" is what jaxpar runs, "free" what the literature has.
       schedules: names and options of the timetables to try; None for 1F1B with and without slack, eager 1F1B, and ZB-H1
         where backwards can be split.
-      microbatches: sizes to try; None for all divisors of the batch ("any" replicas) or its powers of two.
+      microbatches: sizes to try; None for the divisors of the batch ("any" replicas; of many some), or its powers of
+        two.
       replicas: replica counts to try.
       num_devices: how many devices may be used; fewer are taken where that is faster.
       recompute: whether stages may compute their forward again in the backward.
@@ -94,7 +96,7 @@ def auto(
     started = time.perf_counter()
     count = count_devices(cluster, num_devices)
     if microbatches is None and replicas == "any":
-        microbatches = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+        microbatches = choose_sizes(batch_size)
     sizes = list_microbatches(batch_size, microbatches)
     coarse = coarsen(graph, max_blocks)
     judge = Judge(mode, tuple(schedules or choose_schedules(graph)))
@@ -107,10 +109,24 @@ def auto(
             taken = time.perf_counter() - started
             logger.info("auto: %s: best %.4g s, %d simulated, %.1f s", name, judge.seconds, judge.simulated, taken)
     if judge.best is None:
-        raise PlanError(explain_misfit(graph, cluster, batch_size, count, sizes, replicas, recompute=recompute))
+        why = explain_misfit(graph, cluster, batch_size, count, sizes, replicas, recompute=recompute)
+        raise PlanError(why + explain_blocks(coarse))
     notes = explain_choice(judge, count)
     best = _expand(coarse, judge.best)
     return replace(best, planner="auto", search_seconds=time.perf_counter() - started, notes=notes)
+
+
+def choose_sizes(batch_size: int) -> list[int]:
+    """The divisors of a batch; if there are many, the powers of two and some between them, evenly in their order.
+
+    >>> choose_sizes(12), len(choose_sizes(5040))
+    ([1, 2, 3, 4, 6, 12], 23)
+    """
+    divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+    if len(divisors) <= _MOST_SIZES:
+        return divisors
+    spread = {divisors[round(i * (len(divisors) - 1) / (_MOST_SIZES - 1))] for i in range(_MOST_SIZES)}
+    return sorted(spread | {size for size in divisors if size & (size - 1) == 0})
 
 
 def _expand(coarse: Coarsening, plan: PipelinePlan) -> PipelinePlan:

@@ -27,7 +27,7 @@ from jaxpar.plan.planners.bisection import Found, StageSearch, bisect_bottleneck
 from jaxpar.plan.planners.chain_stages import Variant
 from jaxpar.plan.planners.frontier_search import Frontiers, FrontierSearch
 from jaxpar.plan.planners.local_search import LocalSearch, Moves
-from jaxpar.plan.planners.misfit import explain_misfit
+from jaxpar.plan.planners.misfit import explain_blocks, explain_misfit
 from jaxpar.plan.planners.options import Replicas, count_devices, list_microbatches, list_replicas
 from jaxpar.plan.planners.stage_prices import Pricing
 from jaxpar.plan.planners.step_model import BottleneckModel, Sketch, StepModel
@@ -100,7 +100,8 @@ def graphpipe(
             taken = time.perf_counter() - started
             logger.info("graphpipe: micro-batch %d: best %.4g s an example, %.1f s", size, best.per_example, taken)
     if best is None:
-        raise PlanError(explain_misfit(graph, cluster, batch_size, count, microbatches, replicas, recompute=recompute))
+        why = explain_misfit(graph, cluster, batch_size, count, microbatches, replicas, recompute=recompute)
+        raise PlanError(why + explain_blocks(coarse))
     if not space.is_exact:
         best = _refine(best, sizes, replicas, recompute=recompute)
     best = space.flatten(best)

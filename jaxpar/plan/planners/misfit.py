@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxpar.plan.cluster import ClusterSpec
+from jaxpar.plan.coarsen import Coarsening
 from jaxpar.plan.op_graph import OpGraph
 from jaxpar.plan.planners.options import Replicas, list_microbatches, list_replicas
 from jaxpar.text import format_bytes
@@ -63,3 +64,13 @@ def explain_misfit(
         ways.append("smaller micro-batches")
     ways.append("devices with more memory")
     return "\n  ".join([*lines, "what would help: " + "; ".join(ways)])
+
+
+def explain_blocks(coarse: Coarsening) -> str:
+    """That finer blocks might fit, if operators were merged into blocks; "" if not."""
+    if coarse.graph.num_ops == coarse.original.num_ops:
+        return ""
+    return (
+        f"; the operators were planned in {coarse.graph.num_ops} blocks, even in their seconds and not in their bytes: "
+        "a larger max_blocks cuts them finer"
+    )

@@ -192,3 +192,12 @@ def test_unknown_planners_and_options_are_named():
         plan(two_branches(), make_cluster(2), 4, "graphpipe", depth=3)
     with pytest.raises(PlanError, match="micro-batches of 3"):
         plan(two_branches(), make_cluster(2), 4, "graphpipe", microbatches=[3])
+
+
+def test_blocks_that_do_not_fit_point_to_finer_ones():
+    names = [f"op{i}" for i in range(40)]
+    graph = OpGraph.build([Op(name, 1e-3, parameter_bytes=1.0) for name in names], list(pairwise(names)))
+    cluster = make_cluster(4, memory=42.0)
+    graphpipe(graph, cluster, 8, max_blocks=40).check()
+    with pytest.raises(PlanError, match="max_blocks"):
+        graphpipe(graph, cluster, 8, max_blocks=3)
