@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from jaxpar.errors import PlanError
@@ -278,11 +277,7 @@ class _Hunt:
 
     def _moves(self, sizes: tuple[int, ...]) -> Moves:
         counts = list_replicas(self.num_devices, self.replicas)
-        return replace(self._all_moves, microbatches=sizes, replicas=counts)
-
-    @cached_property
-    def _all_moves(self) -> Moves:
-        return Moves(self.graph, (), (), self.num_devices, self.recompute)
+        return Moves(self.graph, counts, sizes, self.num_devices, self.recompute)
 
     def _sketch_of(self, plan: PipelinePlan) -> Sketch:
         return Sketch.of_stages(plan.microbatch, [(s.ops, Variant(len(s.devices), s.recompute)) for s in plan.stages])

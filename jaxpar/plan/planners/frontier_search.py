@@ -170,10 +170,8 @@ class FrontierSearch:
         stages, cut = [], 0
         while cut < len(after) - 1:
             pairs = self.frontiers.by_start[cut]
-            ends = self.frontiers.pairs[pairs, 1]
             # Of those with as few devices the largest stage, which leaves fewest.
             pair = next(p for p in pairs[::-1] if after[self.frontiers.pairs[p, 1]] + devices[p] == after[cut])
-            assert len(ends)
             row = int(self.frontiers.stage_of_pair[pair])
             stages.append((members_of(self.frontiers.bits[row]), self.table.choose(row, limit, 1)))
             cut = int(self.frontiers.pairs[pair, 1])
