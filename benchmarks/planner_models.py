@@ -172,8 +172,8 @@ def _join_branches(dense: int, sparse: int, depth: int, width: int) -> OpGraph:
 def layered(num_ops: int, layers: int = 256, branches: int = 4, sections: int = 4, seed: int = 0) -> OpGraph:
     """Sections one after the other, each of uneven branches side by side, joined; for how search time grows.
 
-    All operators together take as long and hold as much as so many transformer layers, however many they are; no two are
-    alike, so that nothing is gained by recognising equal branches.
+    All operators together take as long and hold as much as so many transformer layers, however many they are; no two
+    are alike, so that nothing is gained by recognising equal branches.
     """
     rng = random.Random(seed)
     layer = transformer_layer("layer", 256, 1024, 16)

@@ -1,11 +1,12 @@
 """jaxpar: pipeline parallelism that JAX users simply switch on."""
 
 from jaxpar.api import parallelize
+from jaxpar.compiled import Compiled, Lowered
 from jaxpar.errors import JaxparError, LowerError, PlanError, ScheduleError, TraceError
 from jaxpar.lower import PlacedState
 from jaxpar.plan import ClusterSpec, OpGraph, PipelinePlan
 from jaxpar.planning import graph_step, plan_step
-from jaxpar.step import Compiled, Lowered, PendingState, PipelinedStep
+from jaxpar.step import PendingState, PipelinedStep
 from jaxpar.trace import register_batch_rule
 
 __all__ = [

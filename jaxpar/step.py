@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.arguments import Arguments, Signature, compare_leaves, read_arguments
+from jaxpar.compiled import Lowered
 from jaxpar.errors import JaxparError, LowerError
 from jaxpar.lower import (
     Axes,
@@ -408,45 +409,3 @@ def _user_tree(arg: Any) -> Any:
 
 def _user_leaves(arg: Any) -> list[Any]:
     return jax.tree.leaves(_user_tree(arg))
-
-
-@dataclass(frozen=True, eq=False)
-class Lowered:
-    """A step lowered for its mesh, in the manner of `jax.stages.Lowered`."""
-
-    step: PipelinedStep
-    built: Built = field(repr=False)
-    lowered: Any = field(repr=False)
-
-    @property
-    def num_programs(self) -> int:
-        """Distinct programs of stages' actions: equal stages share theirs."""
-        return self.built.machine.num_stage_programs
-
-    def as_text(self) -> str:
-        return self.lowered.as_text()
-
-    def compile(self) -> Compiled:
-        """Compile; later calls of the step with such arguments use the same program."""
-        return Compiled(self.step, self.built, self.step._compile(self.built, self.lowered))
-
-
-@dataclass(frozen=True, eq=False)
-class Compiled:
-    """A compiled step, in the manner of `jax.stages.Compiled`: call it like the step."""
-
-    step: PipelinedStep
-    built: Built = field(repr=False)
-    compiled: Any = field(repr=False)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.step._finish(self.built, *self.compiled(*self.step._placed_arguments(self.built, args)))
-
-    def as_text(self) -> str:
-        return self.compiled.as_text()
-
-    def memory_analysis(self) -> Any:
-        return self.compiled.memory_analysis()
-
-    def cost_analysis(self) -> Any:
-        return self.compiled.cost_analysis()

@@ -26,6 +26,7 @@ ORDER = [
     "options",
     "arrange",
     "passes",
+    "compiled",
     "step",
     "api",
     "__init__",

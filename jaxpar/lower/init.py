@@ -15,7 +15,8 @@ from jaxpar.errors import LowerError
 from jaxpar.lower.axes import Axes
 from jaxpar.lower.evaluate import Rows
 from jaxpar.lower.layout import PlacedState, StateLayout
-from jaxpar.lower.rounds import Source, build_rounds, make_group, run_rounds
+from jaxpar.lower.rounds import Source, build_rounds, make_group
+from jaxpar.lower.run_rounds import run_rounds
 from jaxpar.trace.capture import pair_jaxprs
 
 P = PartitionSpec

@@ -17,13 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-from jax import lax
-
 from jaxpar import _jax
 from jaxpar.lower.channels import colour_edges
-from jaxpar.lower.evaluate import Env, Rows, evaluate, read
-from jaxpar.lower.packing import Item, Packing, Place, fill_buffers, pack_items, read_place
+from jaxpar.lower.packing import Item, Packing, Place, pack_items
 from jaxpar.trace import Atom, Eqn, Var
 from jaxpar.trace.fingerprint import fingerprint_eqns
 
@@ -59,7 +55,7 @@ def make_group(packing: Packing, rows: Sequence[Iterable[tuple[Place, Atom]]]) -
 
 
 @dataclass(frozen=True, eq=False)
-class _Common:
+class CommonWork:
     """What every rank does at the beginning of a round, and which of the values its own program reads."""
 
     inputs: tuple[tuple[Var, Source], ...]
@@ -68,7 +64,7 @@ class _Common:
 
 
 @dataclass(frozen=True, eq=False)
-class _Program:
+class RankProgram:
     """What one rank does in one round."""
 
     inputs: tuple[tuple[Var, Source], ...]
@@ -89,9 +85,9 @@ class _Program:
 
 
 @dataclass(frozen=True, eq=False)
-class _Round:
-    common: _Common
-    programs: tuple[_Program, ...]
+class Round:
+    common: CommonWork
+    programs: tuple[RankProgram, ...]
     program_of: tuple[int, ...]  # by rank
     small: Packing
     sends: tuple[tuple[Item, tuple[tuple[int, int], ...]], ...]
@@ -99,7 +95,7 @@ class _Round:
 
 @dataclass(frozen=True, eq=False)
 class Rounds:
-    rounds: tuple[_Round, ...]
+    rounds: tuple[Round, ...]
     groups: tuple[Group, ...]
 
     @property
@@ -228,7 +224,7 @@ class _Planner:
     def _results(self, rank: int) -> list[Atom]:
         return [v for g in self.groups for v in g.values[rank]] + list(self.everywhere)
 
-    def _build_round(self, level: int, final: bool) -> _Round:
+    def _build_round(self, level: int, final: bool) -> Round:
         small = [self._exchanged_by(r, level) for r in range(self.num_ranks)]
         packing = pack_items([[_item(v) for v in values] for values in small])
         for rank, values in enumerate(small):
@@ -243,14 +239,14 @@ class _Planner:
         for number, (_, pairs, carried) in enumerate(sends):
             for (_src, dst), v in zip(pairs, carried, strict=True):
                 self.send_index[v, dst] = (level, number)
-        return _Round(common, kept, program_of, packing, tuple((item, pairs) for item, pairs, _ in sends))
+        return Round(common, kept, program_of, packing, tuple((item, pairs) for item, pairs, _ in sends))
 
     def _exchanged_by(self, rank: int, level: int) -> list[Var]:
         """What `rank` tells all others in a round, in an order that equal ranks have in common."""
         values = [v for (v, home), at in self.exchanged.items() if at == level and rank in self.peers[home]]
         return sorted(values, key=self.first_stored.__getitem__)
 
-    def _find_common(self, level: int, small: Sequence[Sequence[Var]], sends: Sequence[Any], final: bool) -> _Common:
+    def _find_common(self, level: int, small: Sequence[Sequence[Var]], sends: Sequence[Any], final: bool) -> CommonWork:
         """The part of a round that all ranks have in common: they all need it, and make it from what they all have."""
         closures = [
             self._closure(r, level, self._targets(r, small[r], _outgoing(sends, r), final))
@@ -271,7 +267,7 @@ class _Planner:
         leaving.update(v for r in range(self.num_ranks) for v in self._targets(r, small[r], _outgoing(sends, r), final))
         values = tuple(v for v in made if v in leaving)
         self.common.update((v, Source(f"common{level}", None, i)) for i, v in enumerate(values))
-        return _Common(tuple((v, s) for v, s in given.items() if v in used), tuple(kept), values)
+        return CommonWork(tuple((v, s) for v, s in given.items() if v in used), tuple(kept), values)
 
     def _group_sends(self, level: int) -> list[tuple[Item, tuple[tuple[int, int], ...], tuple[Var, ...]]]:
         """Large values of one shape travel together where their ranks allow it."""
@@ -294,7 +290,7 @@ class _Planner:
 
     def _program(
         self, rank: int, level: int, small: Sequence[Var], packing: Packing, sends: Sequence[Any], final: bool
-    ) -> _Program:
+    ) -> RankProgram:
         outgoing = _outgoing(sends, rank)
         groups: tuple = ()
         everywhere: tuple[Atom, ...] = ()
@@ -303,7 +299,7 @@ class _Planner:
             everywhere = tuple(self.everywhere)
         inputs, eqns = self._closure(rank, level, self._targets(rank, small, outgoing, final))
         placed = tuple(zip(packing.places[rank], small, strict=True))
-        return _Program(inputs, eqns, placed, outgoing, groups, everywhere)
+        return RankProgram(inputs, eqns, placed, outgoing, groups, everywhere)
 
     def _closure(
         self, rank: int, level: int, targets: Sequence[Var]
@@ -377,79 +373,3 @@ def is_small(v: Var) -> bool:
 def _item(v: Var) -> Item:
     shape, dtype = _jax.raw_shape(v.shape_at(1), v.dtype)
     return Item(shape, dtype)
-
-
-# -- run time ----------------------------------------------------------------------------------------------------------
-
-
-def run_rounds(
-    rounds: Rounds, buffers: Mapping[str, Sequence[Any]], rows: Rows, rank: Any, axis: str
-) -> tuple[list[list[Any]], list[Any]]:
-    """Run on each rank of the mesh axis `axis`.
-
-    Args:
-        buffers: stored values by group, those of this rank.
-        rank: this rank's index, traced.
-
-    Returns: for each group its buffers, and the results that every rank has.
-    """
-    stored = {name: list(values) for name, values in buffers.items()}
-    results: tuple = ((), (), (), ())
-    for level, r in enumerate(rounds.rounds):
-        stored[f"common{level}"] = _run_common(r.common, stored, rows)
-        branches = [lambda p=p, r=r: _run_program(p, r, rounds.groups, stored, rows) for p in r.programs]
-        which = jnp.asarray(r.program_of, jnp.int32)[rank]
-        results = lax.switch(which, branches) if len(branches) > 1 else branches[0]()
-        small, sends, _, _ = results
-        stored[f"small{level}"] = [lax.all_gather(x, axis) for x in small]
-        stored[f"sent{level}"] = [lax.ppermute(x, axis, pairs) for x, (_, pairs) in zip(sends, r.sends, strict=True)]
-    return list(map(list, results[2])), list(results[3])
-
-
-def _run_common(common: _Common, stored: Mapping[str, Sequence[Any]], rows: Rows) -> list[Any]:
-    fetched = [_fetch(stored, s) for _, s in common.inputs]
-    # The barrier keeps XLA from moving the reads' reshapes through a sum over hundreds of scalars, one a pass.
-    fetched = lax.optimization_barrier(fetched)
-    env: Env = {v: _typed(x, v) for (v, _), x in zip(common.inputs, fetched, strict=True)}
-    evaluate(common.eqns, env, rows)
-    return [_jax.unwrap_key(env[v]) for v in common.values]
-
-
-def _run_program(
-    p: _Program, r: _Round, groups: Sequence[Group], stored: Mapping[str, Sequence[Any]], rows: Rows
-) -> Any:
-    env: Env = {v: _typed(_fetch(stored, s), v) for v, s in p.inputs}
-    evaluate(p.eqns, env, rows)
-
-    def store(atom: Atom) -> Any:
-        return _jax.unwrap_key(jnp.asarray(read(env, atom)))
-
-    small = fill_buffers(r.small, [place for place, _ in p.small], [store(v) for _, v in p.small])
-    sends = [
-        jnp.zeros(item.shape, item.dtype) if v is None else store(v)
-        for v, (item, _) in zip(p.sends, r.sends, strict=True)
-    ]
-    filled = [
-        fill_buffers(g.packing, [place for place, _ in values], [store(v) for _, v in values])
-        for g, values in zip(groups, p.groups, strict=False)
-    ]
-    return small, sends, filled, [store(v) for v in p.everywhere]
-
-
-def _fetch(stored: Mapping[str, Sequence[Any]], source: Source) -> Any:
-    values = stored[source.group]
-    place = source.place
-    if source.group.startswith("small"):  # gathered from all ranks
-        assert place is not None
-        gathered = values[place.buffer]
-        if place.offset is None:
-            values, place = [gathered[source.index]], Place(0, place.shape)
-        else:
-            start = source.index * gathered.shape[1] + place.offset
-            values, place = [gathered.reshape(-1)], Place(0, place.shape, start)
-    x = read_place(values, place) if place is not None else values[source.index]
-    return _jax.unwrap_key(jnp.asarray(x))
-
-
-def _typed(raw: Any, v: Var) -> Any:
-    return _jax.wrap_key(raw, v.dtype) if _jax.is_key(v.dtype) else raw.astype(v.dtype)

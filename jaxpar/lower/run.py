@@ -13,7 +13,7 @@ from jaxpar.lower.clock import Clock
 from jaxpar.lower.evaluate import Env, Rows, evaluate
 from jaxpar.lower.machine import Machine
 from jaxpar.lower.once import batch_inputs, batched_outputs, examples_of_output
-from jaxpar.lower.rounds import run_rounds
+from jaxpar.lower.run_rounds import run_rounds
 from jaxpar.lower.slots import item_of
 from jaxpar.lower.totals import identity_of, reduce_over_group, reduce_over_replicas
 

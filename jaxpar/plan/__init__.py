@@ -13,7 +13,8 @@ from jaxpar.plan.plan import Plan, StageSummary, plan_stages
 from jaxpar.plan.plan_check import check_request
 from jaxpar.plan.plan_edit import sort_stages
 from jaxpar.plan.predict import Prediction, estimate_step, predict, stage_memory, stage_seconds
-from jaxpar.plan.stages import Bundle, Node, Share, StageGraph, StageProgram, route_values
+from jaxpar.plan.routing import route_values
+from jaxpar.plan.stages import Bundle, Node, Share, StageGraph, StageProgram
 from jaxpar.plan.time_curve import TimeCurve
 
 __all__ = [

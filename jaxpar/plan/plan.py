@@ -19,7 +19,8 @@ from jaxpar.plan.cuts import (
 )
 from jaxpar.plan.flow import Flow, analyse_flow
 from jaxpar.plan.homes import Homes, home_state, state_read_by
-from jaxpar.plan.stages import StageGraph, StageProgram, route_values
+from jaxpar.plan.routing import route_values
+from jaxpar.plan.stages import StageGraph, StageProgram
 from jaxpar.schedule import StageCosts, StageDag
 from jaxpar.text import format_bytes, format_table
 from jaxpar.trace import Eqn, Program, Var

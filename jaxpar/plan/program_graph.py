@@ -23,7 +23,8 @@ from jaxpar.plan.costs import Roofline, estimate_seconds
 from jaxpar.plan.flow import Flow, analyse_flow
 from jaxpar.plan.homes import find_state_roots, home_state
 from jaxpar.plan.op_graph import Op, OpEdge, OpGraph
-from jaxpar.plan.stages import Node, StageGraph, route_values
+from jaxpar.plan.routing import route_values
+from jaxpar.plan.stages import Node, StageGraph
 from jaxpar.plan.time_curve import TimeCurve
 from jaxpar.trace import Eqn, Partial, Program, Var
 
