@@ -57,7 +57,37 @@ def _place_all(flow: Flow, forward_stage: Mapping[Eqn, int], back: str) -> dict[
             if producer is not None and producer[0] != "F" and not _has_twin(flow, place, v, stage):
                 stage = min(stage, producer[1])
         place[eqn] = (back, stage)
+    _sum_where_wanted(flow, forward_stage, place, back)
     return place
+
+
+def _sum_where_wanted(flow: Flow, forward_stage: Mapping[Eqn, int], place: dict[Eqn, Node], back: str) -> None:
+    """Sums of what stages side by side make, a shared value's cotangents: done at the stage that reads the sum, so that
+    branches don't wait for each other."""
+    readers: dict[Var, int] = {}
+    reaches = _reachable_stages(forward_stage)
+    for eqn in reversed(flow.backward):
+        here = place[eqn][1]
+        if eqn.name in ("add_any", "add"):
+            producers = [place[p] for v in eqn.reads if (p := flow.program.producer.get(v)) in place]
+            made = {stage for kind, stage in producers if kind == back}
+            apart = any(not reaches[a] >> b & 1 and not reaches[b] >> a & 1 for a in made for b in made)
+            wanted = readers.get(eqn.outputs[0])
+            if apart and wanted is not None and wanted < here:
+                place[eqn], here = (back, wanted), wanted
+        for v in eqn.reads:
+            readers[v] = max(readers.get(v, here), here)
+
+
+def _reachable_stages(forward_stage: Mapping[Eqn, int]) -> list[int]:
+    """For each stage, the stages downstream of it and itself, as bits."""
+    made = {v: s for eqn, s in forward_stage.items() for v in eqn.outputs}
+    count = max(forward_stage.values(), default=-1) + 1
+    reaches = [1 << s for s in range(count)]
+    edges = {(made[v], s) for eqn, s in forward_stage.items() for v in eqn.reads if v in made}
+    for a, b in sorted(edges, reverse=True):  # from lower to higher stages
+        reaches[a] |= reaches[b]
+    return reaches
 
 
 def _has_twin(flow: Flow, place: Mapping[Eqn, Node], v: Var, stage: int) -> bool:

@@ -6,6 +6,8 @@ import dataclasses
 from functools import cache
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxpar
@@ -14,6 +16,7 @@ from jaxpar.planning import graph_step
 from tests.equality.grid import small_case
 from tests.oracle import check_case
 from tests.plan.random_plans import draw_plan
+from tests.zoo import Case
 
 BRANCHED = ("candle_uno", "dlrm", "mmt")
 
@@ -142,3 +145,40 @@ def test_errors():
         jaxpar.parallelize(case.step, mesh=mesh)
     with pytest.raises(jaxpar.PlanError, match="not a list"):
         jaxpar.parallelize(case.step, mesh=mesh, plan=[])
+
+
+def test_branches_of_a_shared_value_do_not_wait_for_each_other():
+    """The cotangents of what several branches read are summed where it was made, not at one of the branches."""
+
+    def forward(params, x):
+        with jax.named_scope("stem"):
+            shared = jnp.tanh(x @ params["stem"])
+        branches = []
+        for name in ("left", "middle", "right"):
+            with jax.named_scope(name):
+                branches.append(jnp.tanh(shared @ params[name]))
+        with jax.named_scope("join"):
+            return sum(branches) @ params["join"]
+
+    def step(params, batch):
+        loss_fn = lambda p: jnp.mean((forward(p, batch["x"]) - batch["y"]) ** 2)
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    names = ("stem", "left", "middle", "right", "join")
+    params = {n: jax.random.normal(k, (6, 6), jnp.float64) for n, k in zip(names, keys, strict=True)}
+    make_batch = lambda size, seed: {
+        "x": np.random.default_rng(seed).normal(size=(size, 6)),
+        "y": np.random.default_rng(seed + 9).normal(size=(size, 6)),
+    }
+    case = Case("shared", step, params, make_batch)
+    graph = graph_step(step, params, case.batch, costs="cpu").graph
+    places = {n: [i for i, op in enumerate(graph.ops) if n in op.name] for n in names}
+    places["join"] += [i for i in range(graph.num_ops) if not any(i in found for found in places.values())]
+    stages = tuple(PlannedStage(tuple(places[n]), (r,)) for r, n in enumerate(names))
+    plan = PipelinePlan(graph, ClusterSpec.preset("cpu", 5), stages, 8, 4)
+    step = check_case(case, {"stage": 5}, None, None, plan=plan)
+    edges = step.plan().graph.edges(forward=False)
+    assert {(a, b) for a, b in edges if {a, b} <= {1, 2, 3}} == set()
+    assert {(1, 0), (2, 0), (3, 0)} <= set(edges)
