@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxpar.passes import Built
-
-if TYPE_CHECKING:
-    from jaxpar.step import PipelinedStep
 
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
     """A step lowered for its mesh, in the manner of `jax.stages.Lowered`."""
 
-    step: PipelinedStep
+    step: Any  # the PipelinedStep that it is of
     built: Built = field(repr=False)
     lowered: Any = field(repr=False)
 
@@ -36,7 +33,7 @@ class Lowered:
 class Compiled:
     """A compiled step, in the manner of `jax.stages.Compiled`: call it like the step."""
 
-    step: PipelinedStep
+    step: Any  # the PipelinedStep that it is of
     built: Built = field(repr=False)
     compiled: Any = field(repr=False)
 

@@ -506,7 +506,9 @@ def fail(*args, **kwargs):
     raise RuntimeError("out of luck")
 
 
-@pytest.mark.parametrize("name", ["make_program", "plan_stages", "make_timetable", "build_machine", "jit_step"])
+@pytest.mark.parametrize(
+    "name", ["trace_step", "arrange_stages", "plan_stages", "make_timetable", "build_machine", "jit_step"]
+)
 def test_an_exception_in_the_middle_of_compiling(running, monkeypatch, name):
     """Any pass: the state can be used, the step too, and the next try succeeds."""
     step, placed, batch = running

@@ -7,6 +7,7 @@ import pytest
 
 import jaxpar
 from jaxpar.lower import run
+from jaxpar.lower.branches import MICROBATCH
 from jaxpar.schedule import SCHEDULES, default_layout, simulate
 from tests.equality.grid import small_case
 from tests.oracle import check_case
@@ -45,7 +46,7 @@ def test_actions_run_in_the_timetables_order(schedule, monkeypatch):
     def reporting(branch, registers, carry, *args):
         kind, stage = branch.node
         note = lambda rank, m: done.append((int(rank), kind, stage, int(m)))
-        jax.debug.callback(note, jax.lax.axis_index("stage"), registers[run.MICROBATCH], ordered=False)
+        jax.debug.callback(note, jax.lax.axis_index("stage"), registers[MICROBATCH], ordered=False)
         return original(branch, registers, carry, *args)
 
     monkeypatch.setattr(run, "run_branch", reporting)
