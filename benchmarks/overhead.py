@@ -74,10 +74,8 @@ def measure_memory(config: gpt.Config) -> None:
         temp = temp_bytes(step.lower(state, batch).compile())
         counted = step.memory(state, batch).temporary
         baseline = temp_bytes(jax.jit(gpt.accumulating_step(num_microbatches)).lower(state, batch).compile())
-        print(
-            f"{num_microbatches:4d} {temp / MIB:10.1f} {counted / MIB:10.1f} {temp / counted:7.2f} {baseline / MIB:13.1f}",
-            flush=True,
-        )
+        sizes = f"{temp / MIB:10.1f} {counted / MIB:10.1f} {temp / counted:7.2f} {baseline / MIB:13.1f}"
+        print(f"{num_microbatches:4d} {sizes}", flush=True)
 
 
 def measure_compile(config: gpt.Config) -> None:

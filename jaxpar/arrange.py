@@ -76,6 +76,7 @@ def _follow_plan(traced: TracedStep, mesh: Mesh, axes: Axes, options: Options) -
         plan = plan_graph(operators.graph, cluster, batch, plan, **settled)
         logger.info("planned %s:\n%s", operators, plan)
     assert isinstance(plan, PipelinePlan)
+    plan.check()
     ranks = _check_devices(plan, axes)
     unused = tuple((r,) for r in range(axes.num_ranks) if r not in ranks)
     chosen = options.schedule is not None

@@ -109,7 +109,7 @@ class _Replicating:
             return
         for j in receivers:
             meeting = [(i, common) for i in senders if (common := self._common(i, j)) is not None]
-            pieces = {v: self._cut(v, kind, [i for i, _ in meeting], j, [c for _, c in meeting]) for v in b.values}
+            pieces = {v: self._cut(v, kind, [i for i, _ in meeting], [c for _, c in meeting]) for v in b.values}
             for v, parts in pieces.items():
                 self._join(b, v, j, [p for p in parts if p is not None])
             for k, (i, _) in enumerate(meeting):
@@ -125,9 +125,7 @@ class _Replicating:
         first, end = max(a.first, b.first), min(a.first + a.count, b.first + b.count)
         return Share(first, end - first) if first < end else None
 
-    def _cut(
-        self, v: Var, kind: str, senders: Sequence[int], receiver: int, common: Sequence[Share]
-    ) -> list[Var | None]:
+    def _cut(self, v: Var, kind: str, senders: Sequence[int], common: Sequence[Share]) -> list[Var | None]:
         """Take the pieces of one value for one receiver from the senders that have some."""
         layout = self.planned.program.types[v]
         if isinstance(layout, Invariant):  # the same on all of them: the first one sends it

@@ -141,6 +141,11 @@ def test_errors():
     mesh = jax.make_mesh((4,), ("stage",), devices=jax.devices()[:4])
     with pytest.raises(jaxpar.PlanError, match=r"the mesh has 4 positions on its axis 'stage'"):
         jaxpar.parallelize(case.step, mesh=mesh, plan=plan).plan(case.state, case.batch)
+    half = graph.num_ops // 2
+    backwards = PlannedStage(graph.order[half:], (0,)), PlannedStage(graph.order[:half], (1,))
+    crossed = PipelinePlan(graph, ClusterSpec.preset("cpu", 4), backwards, 8, 4)
+    with pytest.raises(jaxpar.PlanError, match="topological order"):
+        jaxpar.parallelize(case.step, mesh=mesh, plan=crossed).plan(case.state, case.batch)
     with pytest.raises(jaxpar.PlanError, match="a plan settles what cuts and replicas would"):
         jaxpar.parallelize(case.step, mesh=mesh, plan=plan, cuts=["top"], replicas=(2, 2))
     with pytest.raises(jaxpar.PlanError, match="num_microbatches is missing"):
