@@ -20,14 +20,14 @@ def find_ops(graph: OpGraph, named: Named) -> tuple[int, ...]:
     Args:
       graph: the operators.
       named: a name such as `GPT/layer_0/mlp`; the start of names up to the end of a word of them, such as `GPT/layer_0`
-        (which is not `GPT/layer_01`); an index; or several of these.
+        (which is not `GPT/layer_01`); a part of the path, such as `layer_0`; an index; or several of these.
 
     Raises:
       PlanError: a name means no operator, with those that look like it.
 
     >>> from jaxpar.plan.op_graph import Op
     >>> graph = OpGraph.build([Op("net/embed", 1.0), Op("net/layer_1", 1.0), Op("net/layer_10", 1.0)], [])
-    >>> find_ops(graph, "net/layer_1"), find_ops(graph, "net"), find_ops(graph, ["net/embed", 2])
+    >>> find_ops(graph, "net/layer_1"), find_ops(graph, "net"), find_ops(graph, ["embed", 2])
     ((1,), (0, 1, 2), (0, 2))
     """
     found: set[int] = set()
@@ -46,8 +46,10 @@ def find_ops(graph: OpGraph, named: Named) -> tuple[int, ...]:
 
 
 def _in_module(graph: OpGraph, module: str) -> set[int]:
-    at_end_of_word = re.compile(re.escape(module) + r"(?=$|[^A-Za-z0-9_])")
-    return {i for i, op in enumerate(graph.ops) if at_end_of_word.match(op.name)}
+    """Those whose names start with the module's path, or else have it somewhere within theirs, in whole words."""
+    words = re.escape(module) + r"(?=$|[^A-Za-z0-9_])"
+    starts = {i for i, op in enumerate(graph.ops) if re.match(words, op.name)}
+    return starts or {i for i, op in enumerate(graph.ops) if re.search("/" + words, op.name)}
 
 
 def _suggest(graph: OpGraph, name: str | int) -> str:
