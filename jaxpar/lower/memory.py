@@ -29,8 +29,9 @@ class MemoryEstimate:
         working: within one action: values alive at once at its fullest point, before the compiler's fusion, and the
             parameters that it takes out of pools.
         outputs: per-example results.
-        update: new values that aren't in the old ones' place: those in pools, and all of them where ranks don't update
-            alike, so that a conditional makes them. They need the room when the micro-batches don't any more.
+        update: when the micro-batches don't need the room any more: the totals that replicas exchange; new state that
+            isn't in the old one's place, which is what pools hold, and all of it where ranks don't update alike and the
+            compiler copies what a conditional makes.
     """
 
     state: int
@@ -63,7 +64,8 @@ def estimate_memory(machine: Machine) -> MemoryEstimate:
     rows = program.num_examples // machine.axes.replicas
     updated = machine.update.groups[: machine.outputs.num_updated]
     staged = sum(area.bytes for area in machine.staging.areas) if machine.staging is not None else 0
-    alike = len(machine.update.rounds[-1].programs) == 1
+    in_place = len(machine.update.rounds[-1].programs) == 1 or machine.staging is None
+    new = sum(b.bytes for group in updated for b in group.packing.buffers[in_place * group.packing.num_slots :])
     return MemoryEstimate(
         state=sum(layout.packing.bytes for layout in machine.layouts),
         batch=sum(v.bytes_at(rows) for v in batch_inputs(program)),
@@ -74,7 +76,7 @@ def estimate_memory(machine: Machine) -> MemoryEstimate:
         prelude=machine.prelude.groups[0].packing.bytes,
         working=max(_pooled_bytes(b) + _peak_alive(b.eqns, b.examples) for b in machine.branches),
         outputs=sum(item_of(v, examples_of_output(machine.graph, v)).bytes * count for v in per_example),
-        update=sum(b.bytes for group in updated for b in group.packing.buffers[alike * group.packing.num_slots :]),
+        update=max(new, machine.totals.bytes if machine.doubling else 0),
     )
 
 
