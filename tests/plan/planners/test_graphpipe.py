@@ -1,5 +1,4 @@
 import logging
-import time
 from itertools import pairwise
 
 import pytest
@@ -151,10 +150,9 @@ def test_more_equal_branches_cost_little():
 
 
 @pytest.mark.parametrize("branches", [4, 16])
-def test_thirty_two_devices_take_seconds(branches):
-    started = time.perf_counter()
+def test_thirty_two_devices(branches):
+    """How long it takes is what `benchmarks.planner` prints."""
     graphpipe(join_branches(branches, 8, 4), ClusterSpec.preset("v100", 32), 1024).check()
-    assert time.perf_counter() - started < 40  # 10 on an idle machine; the slack is for one that isn't
 
 
 def test_progress_is_logged_and_can_be_silenced(caplog):
